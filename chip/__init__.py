@@ -1,0 +1,1 @@
+"""A trained CNN becomes a smaller CNN: scores, plan, surgery."""

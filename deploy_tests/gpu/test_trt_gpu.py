@@ -1,0 +1,117 @@
+"""TensorRT on a real GPU: engines open, agree with onnxruntime, and time their laps."""
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from chip_deploy.export.agree import compare_outputs, require_agreement
+from chip_deploy.export.errors import BuildFailed
+from chip_deploy.export.onnx_export import export_onnx
+from chip_deploy.export.target import CAPABILITIES, Engine, Target, engine_path, parse_target
+from chip_deploy.export.target_trt import DYNAMIC_BATCH, Gpu, TrtSession, find_gpu
+from chip_deploy.export.targets import make_target
+
+GPU = find_gpu()
+pytestmark = pytest.mark.skipif(isinstance(GPU, str), reason=f"needs an NVIDIA GPU: {GPU}")
+# The standard target, and the ahead-of-time one for the GPU at hand where TensorRT-RTX knows it.
+TARGETS = ["trt"]
+if isinstance(GPU, Gpu) and GPU.sm in CAPABILITIES["trt-rtx"]:
+    TARGETS.append(f"trt-rtx:{GPU.sm}")
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["static", "free batch"])
+def onnx_path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    convolutions = [nn.Conv2d(3, 24, 3), nn.BatchNorm2d(24), nn.ReLU(), nn.Conv2d(24, 40, 3), nn.ReLU()]
+    net = nn.Sequential(*convolutions, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(40, 10))
+    path = tmp_path_factory.mktemp("onnx") / "model.onnx"
+    export_onnx(net, torch.zeros(1, 3, 64, 64), path, dynamic_batch=request.param)
+    return path
+
+
+@pytest.fixture(scope="module", params=TARGETS)
+def built(request: pytest.FixtureRequest, onnx_path: Path) -> tuple[Target, Path, Engine]:
+    spec = parse_target(request.param)
+    target = make_target(spec)
+    if reason := target.unusable():
+        pytest.skip(f"{spec}: {reason}")
+    path = engine_path(onnx_path.parent, spec, "fp32")
+    return target, path, target.build(onnx_path, path)
+
+
+@pytest.fixture
+def session(built: tuple[Target, Path, Engine]) -> Iterator[TrtSession]:
+    target, path, engine = built
+    assert target.cannot_run(engine) is None
+    session = target.open(path)
+    assert isinstance(session, TrtSession)
+    yield session
+    session.close()
+
+
+def image(seed: int = 0, batch: int = 1) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal((batch, 3, 64, 64), dtype=np.float32)
+
+
+def reference(onnx_path: Path, images: np.ndarray) -> np.ndarray:
+    control = make_target(parse_target("ort-cpu")).open_onnx(onnx_path)
+    return np.concatenate([control.run({"input": images[k : k + 1]})["output"] for k in range(len(images))])
+
+
+def test_an_engine_agrees_with_onnxruntime(
+    onnx_path: Path, built: tuple[Target, Path, Engine], session: TrtSession
+) -> None:
+    images = image(batch=4)
+    outputs = np.concatenate([session.run({"input": images[k : k + 1]})["output"] for k in range(4)])
+    agreement = compare_outputs(reference(onnx_path, images), outputs)
+    require_agreement(agreement, what=str(built[0].spec), precision=built[2].arithmetic)
+
+
+def test_the_dense_control_agrees_as_well(onnx_path: Path, built: tuple[Target, Path, Engine]) -> None:
+    control = built[0].open_onnx(onnx_path)
+    agreement = compare_outputs(reference(onnx_path, image()), control.run({"input": image()})["output"])
+    require_agreement(agreement, what="the control", precision=built[2].arithmetic)
+    control.close()
+
+
+def test_a_free_batch_runs_up_to_its_largest_and_no_further(onnx_path: Path, session: TrtSession) -> None:
+    if session.input_shapes["input"][0] != -1:
+        pytest.skip("this engine has a fixed batch")
+    largest = DYNAMIC_BATCH[-1]
+    images = image(batch=largest)
+    agreement = compare_outputs(reference(onnx_path, images), session.run({"input": images})["output"])
+    require_agreement(agreement, what="the largest batch", precision="tf32")
+    with pytest.raises(ValueError, match="expected"):
+        session.run({"input": image(batch=largest + 1)})
+
+
+def test_laps_run_on_the_inputs_that_were_bound(session: TrtSession) -> None:
+    array = image()
+    expected = session.run({"input": array})["output"]
+    session.bind({"input": array})
+    array[:] = 0
+    for _ in range(10):
+        session.lap()
+    assert np.array_equal(session.outputs()["output"], expected)
+
+
+def test_a_lap_takes_time_that_a_clock_can_see(session: TrtSession) -> None:
+    session.bind({"input": image()})
+    session.lap()
+    started = time.perf_counter()
+    session.lap()
+    assert 1e-6 < time.perf_counter() - started < 1.0
+
+
+def test_a_truncated_plan_is_refused_with_the_runtimes_words(built: tuple[Target, Path, Engine]) -> None:
+    target, path, _ = built
+    broken = path.with_name("broken.engine")
+    broken.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(BuildFailed, match=r"broken\.engine: tensorrt.* cannot read the engine"):
+        target._open(broken)
+    broken.unlink()

@@ -1,0 +1,1 @@
+"""A CNN becomes an engine: exported, built, checked, measured, shipped."""

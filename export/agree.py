@@ -1,0 +1,115 @@
+"""How closely two runs of a network agree, output by output, and how closely they have to."""
+
+from __future__ import annotations
+
+import sys
+from typing import NamedTuple
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict
+
+from .errors import ParityFailed
+
+# Shape letters: N images, K outputs of each.
+
+
+class Agreement(BaseModel):
+    """Two runs of one network on the same N images, compared."""
+
+    model_config = ConfigDict(frozen=True)
+
+    n: int
+    largest_relative_difference: float
+    """Largest difference, as a fraction of the largest reference value."""
+    snr_db: float | None
+    """Signal power over the power of the difference, in decibel; None when there is no difference."""
+    top1_agreement: float
+    """Fraction of images whose largest output is the same one."""
+
+    def __str__(self) -> str:
+        snr = "identical" if self.snr_db is None else f"SNR {self.snr_db:.1f} dB"
+        return (
+            f"{snr}, largest difference {self.largest_relative_difference:.1e} of the largest output, "
+            f"top-1 the same on {self.top1_agreement:.1%} of {self.n} images"
+        )
+
+
+class Limits(NamedTuple):
+    """The worst that still counts as agreement."""
+
+    largest_relative_difference: float
+    snr_db: float
+
+
+# By the arithmetic of the engine. A rounding error is relative to the number's precision (24 bits of mantissa: 6e-8;
+# 11 bits: 5e-4), grows through the layers, and is some hundred times larger for the worst of many outputs. A wrong
+# graph is off by more than any of these. Top-1 has no limit of its own: near ties may flip by rounding alone.
+LIMITS = {
+    # Measured, torch against onnxruntime, one random image through nine torchvision networks with random weights:
+    # at most 1.2e-6, at least 117 dB.
+    "fp32": Limits(largest_relative_difference=1e-4, snr_db=80.0),
+    # float32 in and out, multiplied with 11 bits: TensorRT's default for fp32 networks. From the format, not measured.
+    "tf32": Limits(largest_relative_difference=3e-2, snr_db=40.0),
+}
+
+
+def compare_outputs(reference: np.ndarray, other: np.ndarray) -> Agreement:
+    """How closely `other` agrees with `reference`; computed in float64.
+
+    Shapes: (N, K) and (N, K), or (N, ...) both, whose further axes count as outputs.
+    Raises: ValueError for shapes that differ or hold nothing; ParityFailed naming the first output that is not finite.
+    """
+    if reference.shape != other.shape or not reference.size or reference.ndim < 2:
+        raise ValueError(f"outputs of shape {reference.shape} and {other.shape}: two of one shape (N, K) expected.")
+    reference_NK = _finite_rows(reference, whose="reference")
+    other_NK = _finite_rows(other, whose="other")
+    difference_NK = other_NK - reference_NK
+    return Agreement(
+        n=len(reference_NK),
+        largest_relative_difference=_ratio(np.abs(difference_NK).max(), np.abs(reference_NK).max()),
+        snr_db=_snr_db(reference_NK, difference_NK),
+        top1_agreement=float(np.mean(reference_NK.argmax(axis=1) == other_NK.argmax(axis=1))),
+    )
+
+
+def require_agreement(agreement: Agreement, *, what: str, precision: str = "fp32") -> None:
+    """Nothing, if `agreement` keeps the limits of `precision` (an engine's `arithmetic`).
+
+    Raises: ParityFailed saying which limit `what` misses; ValueError for an unknown precision.
+    """
+    if precision not in LIMITS:
+        raise ValueError(f"no limits for precision {precision!r}. Available: {', '.join(LIMITS)}.")
+    limits = LIMITS[precision]
+    close = agreement.largest_relative_difference <= limits.largest_relative_difference
+    clean = agreement.snr_db is None or agreement.snr_db >= limits.snr_db
+    if not (close and clean):
+        raise ParityFailed(
+            f"{what}: outputs differ from the reference by more than {precision} explains ({agreement}; allowed: "
+            f"{limits.largest_relative_difference:.0e} and {limits.snr_db:.0f} dB). Do not ship it."
+        )
+
+
+def _finite_rows(outputs: np.ndarray, *, whose: str) -> np.ndarray:
+    rows_NK = outputs.reshape(len(outputs), -1).astype(np.float64)
+    wrong = np.argwhere(~np.isfinite(rows_NK))
+    if len(wrong):
+        image, output = wrong[0]
+        raise ParityFailed(
+            f"{whose} outputs: output {output} of image {image} is {rows_NK[image, output]} "
+            f"({len(wrong)} of {rows_NK.size} are not finite). Look for the layer that overflows."
+        )
+    return rows_NK
+
+
+def _snr_db(signal_NK: np.ndarray, noise_NK: np.ndarray) -> float | None:
+    if not noise_NK.any():
+        return None
+    ratio = _ratio(np.linalg.norm(signal_NK), np.linalg.norm(noise_NK))
+    return float(20 * np.log10(max(ratio, sys.float_info.min)))
+
+
+def _ratio(part: np.floating, whole: np.floating) -> float:
+    """`part / whole`, at most the largest finite number: JSON has no infinity."""
+    if part == 0:
+        return 0.0
+    return min(float(part) / float(whole), sys.float_info.max) if whole else sys.float_info.max

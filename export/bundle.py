@@ -1,0 +1,187 @@
+"""The directory that ships: files that appear whole or not at all, and a manifest that notices every change."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from datetime import datetime, timezone
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from .errors import IntegrityError
+
+MANIFEST = "manifest.json"
+WORK = ".work"
+READ_BYTES = 1 << 20
+
+
+class FileEntry(BaseModel):
+    """One file of a bundle: its path with forward slashes, relative to the bundle, and what it held."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    path: str
+    sha256: str
+    bytes: int
+
+
+class Manifest(BaseModel):
+    """Every file of a bundle with its digest, what the bundle was made from, and with which versions."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
+
+    schema_: Literal["chip-deploy.manifest/1"] = Field(default="chip-deploy.manifest/1", alias="schema")
+    created: str
+    versions: dict[str, str]
+    lineage: dict[str, str]
+    files: list[FileEntry]
+
+
+@contextlib.contextmanager
+def writing_atomically(path: Path) -> Iterator[Path]:
+    """A path beside `path` to write to; it takes the name `path` when the block ends well, and is removed otherwise.
+
+    The name is fixed, so what a killed process left behind is overwritten by the next attempt.
+    """
+    unfinished = path.with_name(f".{path.name}.part")
+    try:
+        yield unfinished
+        _flush_to_disk(unfinished)
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """`path` holds `data`, whole: a reader, or a process killed half way, sees the old content or the new."""
+    with writing_atomically(path) as unfinished:
+        unfinished.write_bytes(data)
+
+
+def write_json_atomic(path: Path, value: BaseModel | Mapping[str, Any] | list[Any]) -> None:
+    """`path` holds `value` as indented UTF-8 JSON; a pydantic model is written under its aliases.
+
+    Raises: ValueError for NaN and infinity, which JSON does not have.
+    """
+    plain = value.model_dump(mode="json", by_alias=True) if isinstance(value, BaseModel) else value
+    text = json.dumps(plain, indent=2, ensure_ascii=False, allow_nan=False)
+    write_atomic(path, (text + "\n").encode())
+
+
+def sha256_file(path: Path) -> str:
+    """The SHA-256 digest of a file's content, as 64 hexadecimal digits."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(READ_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def write_manifest(bundle: Path, *, versions: Mapping[str, str], lineage: Mapping[str, str]) -> Manifest:
+    """The manifest of `bundle`, written to its manifest.json: every file but the manifest and .work, sorted by path.
+
+    Raises: IntegrityError for a link, which would ship as nothing.
+    """
+    manifest = Manifest(
+        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        versions=dict(versions),
+        lineage=dict(lineage),
+        files=[_entry(bundle, path) for path in _shipped_files(bundle)],
+    )
+    write_json_atomic(bundle / MANIFEST, manifest)
+    return manifest
+
+
+def read_manifest(bundle: Path) -> Manifest:
+    """The manifest of `bundle` as it was written; the files are not looked at.
+
+    Raises: IntegrityError when there is none or it cannot be read as one.
+    """
+    path = bundle / MANIFEST
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError as err:
+        raise IntegrityError(f"{bundle}: no {MANIFEST}, so this is no finished bundle. Run the build again.") from err
+    except UnicodeDecodeError as err:
+        raise IntegrityError(f"{path}: not UTF-8 text. Restore the file, or build the bundle again.") from err
+    try:
+        return Manifest.model_validate_json(text)
+    except ValidationError as err:
+        first = err.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the whole file"
+        raise IntegrityError(
+            f"{path}: not a manifest of this version ({where}: {first['msg']}). "
+            "Restore the file, or build the bundle again."
+        ) from err
+
+
+def verify_bundle(bundle: Path) -> Manifest:
+    """The manifest of `bundle`, once every file has been found to be the one it names.
+
+    Cost: reads every file of the bundle once.
+    Raises: IntegrityError naming the first file, in path order, that is missing, changed or not in the manifest.
+    """
+    manifest = read_manifest(bundle)
+    named = {_safe_path(entry.path): entry for entry in manifest.files}
+    found = set(_shipped_files(bundle))
+    for path in sorted(found | named.keys()):
+        if path not in named:
+            raise IntegrityError(f"{path}: not in {MANIFEST} of {bundle}. Remove it, or write the manifest again.")
+        if path not in found:
+            raise IntegrityError(f"{path}: missing from {bundle}, but named by its {MANIFEST}. Restore the file.")
+        _require_unchanged(bundle, named[path])
+    return manifest
+
+
+def _entry(bundle: Path, path: str) -> FileEntry:
+    file = bundle / path
+    return FileEntry(path=path, sha256=sha256_file(file), bytes=file.stat().st_size)
+
+
+def _require_unchanged(bundle: Path, expected: FileEntry) -> None:
+    """Raises IntegrityError when the file's size or digest is another one than the manifest's."""
+    size = (bundle / expected.path).stat().st_size
+    if size != expected.bytes:
+        raise IntegrityError(
+            f"{expected.path}: {size} bytes in {bundle}, {expected.bytes} in its {MANIFEST}. Restore the file."
+        )
+    digest = sha256_file(bundle / expected.path)
+    if digest != expected.sha256:
+        raise IntegrityError(
+            f"{expected.path}: sha256 {digest[:12]}... in {bundle}, {expected.sha256[:12]}... in its {MANIFEST}. "
+            "Restore the file."
+        )
+
+
+def _shipped_files(bundle: Path) -> list[str]:
+    """Paths of what ships, relative and with forward slashes, sorted; the manifest and .work are left out."""
+    paths = []
+    for path in bundle.rglob("*"):
+        relative = path.relative_to(bundle)
+        if relative.parts[0] in (MANIFEST, WORK):
+            continue
+        if path.is_symlink():
+            raise IntegrityError(
+                f"{relative.as_posix()}: a link in {bundle}; a bundle holds files only. Copy the file."
+            )
+        if path.is_file():
+            paths.append(relative.as_posix())
+    return sorted(paths)
+
+
+def _safe_path(path: str) -> str:
+    """`path`, if it stays inside the bundle. Raises: IntegrityError for an absolute path or one with `..`."""
+    pure = PurePosixPath(path)
+    if pure.is_absolute() or ".." in pure.parts or pure.as_posix() != path:
+        raise IntegrityError(f"{MANIFEST}: {path!r} is no path inside the bundle. Do not use this bundle.")
+    return path
+
+
+def _flush_to_disk(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())

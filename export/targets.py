@@ -1,0 +1,23 @@
+"""Every target there is, each imported only when it is asked for."""
+
+from __future__ import annotations
+
+from .target import CAPABILITIES, Target, TargetSpec
+
+
+def make_target(spec: TargetSpec, *, threads: int = 1) -> Target:
+    """The target that `spec` names; `threads` counts the CPU threads of one execution, of which a GPU target has none.
+
+    Raises: ValueError for an unknown name.
+    """
+    match spec.name:
+        case "ort-cpu":
+            from .target_ort import OrtCpuTarget
+
+            return OrtCpuTarget(spec, threads=threads)
+        case "trt" | "trt-rtx":
+            from .target_trt import TensorRTTarget
+
+            return TensorRTTarget(spec)
+        case _:
+            raise ValueError(f"unknown target {spec.name!r}. Available: {', '.join(CAPABILITIES)}.")

@@ -1,0 +1,1 @@
+"""The run: a recipe in, a report out; and the command line."""
