@@ -1,0 +1,814 @@
+"""The report: its JSON, its numbers, and three writings of it that say the same and nothing else."""
+
+import functools
+import io
+import itertools
+import json
+import math
+import random
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+from rich.console import Console
+
+from chip_deploy.export.agree import Agreement
+from chip_deploy.export.laps import Quantiles, Speedup
+from chip_deploy.export.machine import Machine
+from chip_deploy.export.measure import LatencyProtocol
+from chip_deploy.pipeline import charts, quantities, report, report_page
+from chip_deploy.pipeline.report import (
+    Accuracy,
+    Cost,
+    EngineRow,
+    GroupReport,
+    NetworkCost,
+    Report,
+    TrainCurve,
+    read_report,
+    render,
+    report_schema,
+    summary_table,
+    write_report,
+)
+
+SCHEMA_FILE = Path(report.__file__).with_name("report.schema.json")
+HOSTILE = """<script>alert("x")</script> & 'q' | `tick` <img src=//evil.example/x>"""
+VOID = {"meta", "link", "br", "img", "hr", "input", "path", "line", "rect"}
+
+
+def machine() -> Machine:
+    return Machine(
+        system="Linux 6.1 x86_64",
+        cpu="AMD EPYC 9B14",
+        cores=2,
+        isa=["avx2", "avx512f"],
+        memory_gib=15.6,
+        governor=None,
+        load=0.31,
+        gpu=None,
+        sm=None,
+        driver=None,
+        python="3.11.9",
+    )
+
+
+def group(layer: str, width: int, kept: int, coupled: list[str] | None = None) -> GroupReport:
+    draw = random.Random(f"{layer} {width}")
+    scores = [draw.expovariate(1.0) for _ in range(width)]
+    best = sorted(range(width), key=lambda channel: -scores[channel])[:kept]
+    return GroupReport(
+        layer=layer, coupled=coupled or [], width_before=width, width_after=kept, scores=scores, kept=sorted(best)
+    )
+
+
+def measured(verdict: str, *, p99: bool, speedup: tuple[float, float, float], reason: str) -> EngineRow:
+    return EngineRow(
+        target="ort-cpu",
+        precision="fp32",
+        file="engines/ort-cpu.fp32.engine",
+        sha256="ab" * 32,
+        bytes=22_401_233,
+        latency_ms=quantiles(2.5512, p99=p99),
+        dense_latency_ms=quantiles(4.1687, p99=p99),
+        speedup=Speedup(estimate=speedup[0], low=speedup[1], high=speedup[2], level=0.95),
+        verdict=verdict,  # pyright: ignore[reportArgumentType]
+        reason=reason,
+        protocol=LatencyProtocol(),
+        machine=machine(),
+        built_for={"cpu": "AMD EPYC 9B14"},
+        versions={"onnxruntime": "1.31.0"},
+        build_seconds=0.84,
+    )
+
+
+def quantiles(p50: float, *, p99: bool) -> Quantiles:
+    return Quantiles(p50=p50, p90=1.02 * p50, p99=1.1 * p50 if p99 else None, n=700, cv=0.02, mean=1.01 * p50)
+
+
+UNMEASURED = EngineRow(
+    target="trt-rtx:sm86,sm89",
+    precision="fp32",
+    file="engines/trt-rtx-sm86-sm89.fp32.engine",
+    sha256="cd" * 32,
+    bytes=25_401_233,
+    verdict="not measured",
+    reason="built, not measured on this machine: no CUDA driver",
+)
+
+
+@functools.cache
+def digits_report() -> Report:
+    """resnet18 on digits: faster on the CPU, and an engine that nothing here can run."""
+    reason = "speed-up 1.634 (95 % interval 1.602 to 1.655), p50 2.551 ms against 4.169 ms of dense."
+    engine = measured("faster", p99=True, speedup=(1.634, 1.602, 1.655), reason=reason)
+    return Report(
+        title="resnet18 on digits, half of the MACs kept",
+        created="2026-05-04T09:31:22+00:00",
+        model="resnet18",
+        data="digits",
+        criterion="chip",
+        budget="half of the MACs were to stay; 49.4 % did",
+        input_shape=[3, 32, 32],
+        classes=10,
+        accuracy=Accuracy(
+            n=360, dense=355 / 360, pruned=166 / 360, recalibrated=323 / 360, tuned=0.975, onnx=352 / 360
+        ),
+        cost=Cost(
+            dense=NetworkCost(macs=37_222_400, params=11_181_642, onnx_bytes=44_731_201),
+            pruned=NetworkCost(macs=18_402_112, params=5_402_117, onnx_bytes=21_642_119),
+        ),
+        agreement=Agreement(n=360, largest_relative_difference=3e-7, snr_db=128.4, top1_agreement=1.0),
+        engines=[engine.model_copy(update={"accuracy": 351 / 360}), UNMEASURED],
+        groups=[
+            group("conv1", 64, 64, ["layer1.0.conv2"]),
+            group("layer1.0.conv1", 64, 32),
+            group("layer4", 512, 208),
+        ],
+        score_images=640,
+        dense_training=TrainCurve(epochs=3, seconds=13.2, loss=[1.31, 0.42, 0.05], lr=[0.05, 0.03, 0.001]),
+        tuning=TrainCurve(epochs=2, seconds=3.1, loss=[0.61, 0.31]),
+        stages_s={"dense": 13.9, "score": 4.21, "tune": 125.0},
+        machine=machine(),
+        versions={"chip-deploy": "0.1.0", "torch": "2.15.0"},
+        recipe={"seed": 0, "model": {"name": "resnet18", "weights": None}, "targets": ["ort-cpu"]},
+        notes=["the dense model was trained first, because no weights were given for digits"],
+    )
+
+
+@functools.cache
+def random_report() -> Report:
+    """A deep network with random data that did not become faster, with names as long as they come."""
+    reason = "no difference to be seen: speed-up 0.978 (95 % interval 0.951 to 1.004)."
+    widths = [64, 256, 1024, 2048]
+    layers = [f"backbone.features.denseblock{i // 30}.denselayer{i}.bottleneck.convolution" for i in range(120)]
+    return digits_report().model_copy(
+        update={
+            "title": "timm:an_extremely_long_model_name_without_a_break.in1k_ft_in12k_384 on random:64",
+            "data": "random:64",
+            "accuracy": Accuracy(),
+            "engines": [measured("not faster", p99=False, speedup=(0.978, 0.951, 1.004), reason=reason)],
+            "groups": [group(layer, widths[i // 30], widths[i // 30] * 3 // 4) for i, layer in enumerate(layers)],
+            "dense_training": None,
+            "tuning": None,
+            "agreement": None,
+        }
+    )
+
+
+def hostile_report() -> Report:
+    """Every free text of a report says what an attacker, or an unlucky layer name, would."""
+    engine = UNMEASURED.model_copy(
+        update={
+            "reason": HOSTILE,
+            "built_for": {HOSTILE: HOSTILE},
+            "flags": {"f": HOSTILE},
+            "versions": {HOSTILE: HOSTILE},
+        }
+    )
+    texts = dict.fromkeys(("title", "created", "model", "data", "criterion", "budget", "macs_convention"), HOSTILE)
+    return digits_report().model_copy(
+        update={
+            **texts,
+            "engines": [engine],
+            "groups": [group(HOSTILE, 8, 4, [HOSTILE])],
+            "stages_s": {HOSTILE: 1.0},
+            "machine": machine().model_copy(update={"cpu": HOSTILE}),
+            "versions": {HOSTILE: HOSTILE},
+            "recipe": {"model": {"name": HOSTILE}},
+            "notes": [HOSTILE],
+        }
+    )
+
+
+def with_laps(folder: Path) -> Path:
+    """`folder`, with laps of the ort-cpu engine beside where the report goes."""
+    draw = random.Random(0)
+    laps = {
+        side: [p50 * draw.uniform(0.98, 1.05) for _ in range(700)] for side, p50 in (("dense", 4.17), ("pruned", 2.55))
+    }
+    path = folder / "engines" / "ort-cpu.fp32.latency.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(
+        json.dumps(
+            {
+                "protocol": LatencyProtocol().model_dump(),
+                "machine": machine().model_dump(),
+                "dense_laps_ms": laps["dense"],
+                "dense_blocks": [index // 10 for index in range(700)],
+                "pruned_laps_ms": laps["pruned"],
+                "pruned_blocks": [index // 10 for index in range(700)],
+            }
+        )
+    )
+    return folder
+
+
+class Page(HTMLParser):
+    """What a browser would see of a page; fails on a tag that is not closed in order."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.words: list[str] = []
+        self._open: list[str] = []
+        self.feed(html)
+        self.close()
+        assert self._open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self._open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self._open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if "style" not in self._open:
+            self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.words).split())
+
+    def attributes(self, name: str) -> list[str]:
+        return [attributes[name] or "" for _, attributes in self.elements if name in attributes]
+
+    def all(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.elements if name == tag]
+
+
+def page_of(value: Report) -> str:
+    return report_page.html_page(value, {})
+
+
+def text_of(value: Report) -> str:
+    return Page(page_of(value)).text
+
+
+def terminal(value: Report) -> str:
+    out = io.StringIO()
+    Console(file=out, width=80).print(summary_table(value))
+    return out.getvalue()
+
+
+REPORTS = pytest.mark.parametrize("make", [digits_report, random_report, hostile_report])
+
+
+# report.json
+
+
+def test_the_json_has_the_names_that_other_people_read(tmp_path: Path) -> None:
+    write_report(digits_report(), tmp_path)
+    found = json.loads((tmp_path / "report.json").read_text())
+    assert {"accuracy", "cost", "engines", "stages_s", "machine", "versions", "recipe"} <= found.keys()
+    assert found["schema"] == "chip-deploy.report/1"
+    assert found["accuracy"].keys() == {"n", "dense", "pruned", "recalibrated", "tuned", "onnx"}
+    assert found["cost"]["dense"] == {"macs": 37_222_400, "params": 11_181_642, "onnx_bytes": 44_731_201}
+    first, second = found["engines"]
+    assert {"target", "precision", "file", "sha256", "accuracy", "verdict", "reason"} <= first.keys()
+    assert {"p50", "p90", "p99", "n"} <= first["latency_ms"].keys()
+    assert {"estimate", "low", "high"} <= first["speedup"].keys()
+    assert [second[name] for name in ("latency_ms", "dense_latency_ms", "speedup", "accuracy")] == [None] * 4
+
+
+@REPORTS
+def test_a_report_comes_back_as_it_was_written(make: Any, tmp_path: Path) -> None:
+    write_report(make(), tmp_path)
+    assert read_report(tmp_path) == make()
+    assert read_report(tmp_path / "report.json") == make()
+
+
+def test_numbers_of_a_list_share_a_line_and_texts_stay_as_they_are(tmp_path: Path) -> None:
+    tricky = digits_report().model_copy(update={"notes": ["[\n 1,\n 2\n]", "[ 3, 4 ]"]})
+    write_report(tricky, tmp_path)
+    text = (tmp_path / "report.json").read_text()
+    assert json.loads(text) == tricky.model_dump(mode="json", by_alias=True)
+    assert max(len(line) for line in text.splitlines()) > 1000
+    assert not re.search(r"^\s*[\d.e+-]+,?$", text, re.M)
+
+
+def test_the_schema_in_the_package_is_current() -> None:
+    assert SCHEMA_FILE.read_text() == report.schema_text(), (
+        "write it again: python -c 'from chip_deploy.pipeline import report; "
+        'open("pipeline/report.schema.json", "w").write(report.schema_text())\''
+    )
+
+
+def test_the_schema_asks_for_every_field_that_is_written() -> None:
+    schema = report_schema()
+    written = digits_report().model_dump(mode="json", by_alias=True)
+    assert set(schema["required"]) == written.keys() == schema["properties"].keys()
+    assert set(schema["$defs"]["EngineRow"]["required"]) == written["engines"][0].keys()
+
+
+def test_a_missing_report_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"report\.json: no report here\. Give the directory"):
+        read_report(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"schema": "chip-deploy.report/9"}, "schema"),
+        ({"classes": "many"}, "classes"),
+        ({"surprise": 1}, "surprise"),
+        ({"cost": {}}, "cost.dense"),
+    ],
+)
+def test_a_report_that_cannot_be_read_names_the_field(change: dict[str, Any], named: str, tmp_path: Path) -> None:
+    write_report(digits_report(), tmp_path)
+    path = tmp_path / "report.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(ValueError, match=rf"not a report of this version \({re.escape(named)}: "):
+        read_report(path)
+
+
+def test_a_broken_file_is_no_report(tmp_path: Path) -> None:
+    (tmp_path / "report.json").write_text('{"schema": ')
+    with pytest.raises(ValueError, match="not a report of this version"):
+        read_report(tmp_path)
+
+
+# What a report refuses to say
+
+
+@pytest.mark.parametrize("number", ["latency_ms", "dense_latency_ms", "speedup"])
+def test_an_engine_that_was_not_measured_has_no_number(number: str) -> None:
+    faster = digits_report().engines[0]
+    with pytest.raises(ValidationError, match="not measured cannot have"):
+        EngineRow.model_validate(UNMEASURED.model_dump() | {number: getattr(faster, number)})
+
+
+@pytest.mark.parametrize("verdict", ["faster", "not faster"])
+def test_a_verdict_needs_what_it_rests_on(verdict: str) -> None:
+    with pytest.raises(ValidationError, match="needs both latencies and the speed-up"):
+        EngineRow.model_validate(UNMEASURED.model_dump() | {"verdict": verdict})
+
+
+@pytest.mark.parametrize(("verdict", "low"), [("faster", 0.999), ("faster", 1.0), ("not faster", 1.001)])
+def test_a_verdict_that_contradicts_its_interval_is_refused(verdict: str, low: float) -> None:
+    interval = Speedup(estimate=1.2, low=low, high=1.3, level=0.95)
+    with pytest.raises(ValidationError, match="contradicts a speed-up"):
+        EngineRow.model_validate(dict(digits_report().engines[0]) | {"verdict": verdict, "speedup": interval})
+
+
+def test_a_copy_that_contradicts_itself_is_not_written(tmp_path: Path) -> None:
+    # A model's copy is not validated; only writing stands between it and the reader.
+    smuggled = digits_report().engines[0].model_copy(update={"verdict": "not measured"})
+    with pytest.raises(ValueError, match="not measured cannot have"):
+        write_report(digits_report().model_copy(update={"engines": [smuggled]}), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_accuracy_needs_its_number_of_images() -> None:
+    with pytest.raises(ValidationError, match="number of images"):
+        Accuracy(dense=0.9)
+
+
+@pytest.mark.parametrize("value", [-0.1, 1.1, 97.8, math.nan])
+def test_an_accuracy_is_a_fraction(value: float) -> None:
+    with pytest.raises(ValidationError):
+        Accuracy(n=10, dense=value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"scores": [1.0]}, "1 scores for 8 channels"),
+        ({"kept": [0, 1]}, "do not make the width 3"),
+        ({"kept": [0, 1, 1]}, "do not make the width 3"),
+        ({"kept": [0, 1, 8]}, "none of its 8"),
+        ({"scores": [math.inf] * 8}, "finite"),
+    ],
+)
+def test_a_group_that_contradicts_itself_is_refused(change: dict[str, Any], message: str) -> None:
+    sound = {"layer": "conv1", "width_before": 8, "width_after": 3, "kept": [5, 0, 2], "scores": [1.0] * 8}
+    GroupReport.model_validate(sound)
+    with pytest.raises(ValidationError, match=message):
+        GroupReport.model_validate(sound | change)
+
+
+# Three writings, one truth
+
+
+def test_all_three_writings_show_the_same_comparison() -> None:
+    value = digits_report()
+    markdown, html, table = report_page.markdown_page(value), text_of(value), terminal(value)
+    for text in ("98.6 %", "97.8 %", "37.2 M", "18.4 M", "11.2 M", "5.40 M", "44.7 MB", "21.6 MB"):
+        assert text in markdown
+        assert text in html
+        assert text in table
+    for text in ("4.17 ms", "2.55 ms", "4.25 ms", "2.60 ms", "4.59 ms", "2.81 ms", "1.63×", "1.60–1.66×"):
+        assert text in markdown
+        assert text in html
+        assert text in table
+
+
+def test_accuracy_is_told_at_every_stage() -> None:
+    value = digits_report()
+    for text in (report_page.markdown_page(value), text_of(value)):
+        for percent in ("98.6 %", "46.1 %", "89.7 %", "97.5 %", "97.8 %"):
+            assert percent in text
+        assert "Engine trt-rtx:sm86,sm89 fp32" in text
+        assert "not evaluated" in text
+
+
+def test_efficiency_is_the_speed_up_over_the_reduction_of_macs() -> None:
+    # 37 222 400 / 18 402 112 = 2.0227; 1.634 / 2.0227 = 0.8078.
+    for text in (report_page.markdown_page(digits_report()), text_of(digits_report())):
+        assert "0.81 (speed-up 1.63×, MACs ÷ 2.02)" in text.replace("\u00a0", " ")
+
+
+@pytest.mark.parametrize("write", [text_of, report_page.markdown_page, terminal])
+def test_an_unmeasured_engine_is_said_in_words_only(write: Any) -> None:
+    only = digits_report().model_copy(update={"engines": [UNMEASURED]})
+    text = write(only).lower()
+    assert "built, not measured on this machine: no cuda driver." in " ".join(text.split())
+    assert not re.search(r"\d ms\b|\d×(?!\d)", text)
+
+
+@pytest.mark.parametrize("write", [text_of, report_page.markdown_page])
+def test_random_data_have_no_accuracy_and_the_report_says_so(write: Any) -> None:
+    text = write(random_report())
+    assert "No accuracy exists: random:64 has no labels that mean anything." in text
+    assert "points" not in text
+    assert "Top-1 on" not in text
+
+
+@pytest.mark.parametrize("write", [text_of, report_page.markdown_page, terminal])
+def test_a_percentile_that_the_laps_cannot_support_is_left_out(write: Any) -> None:
+    assert "Latency p99" in write(digits_report())
+    assert "Latency p90" in write(random_report())
+    assert "Latency p99" not in write(random_report())
+
+
+def test_not_faster_is_as_large_as_faster() -> None:
+    cards = [
+        re.sub(r"not-faster|faster", "VERDICT", re.search(r'<li class="card.*?</li>', page_of(make()), re.S)[0])  # type: ignore[index]
+        for make in (digits_report, random_report)
+    ]
+    tags = [re.findall(r"<[^>]+>", card) for card in cards]
+    assert tags[0] == tags[1]
+    assert '<p class="word">Not faster 0.98×</p>' in cards[1].replace("Not VERDICT", "Not faster")
+    sizes = re.findall(r"\.card[^{]*\{[^}]*font-size", page_of(random_report()))
+    assert [rule.split("{")[0].strip() for rule in sizes] == [".card .word", ".card .reason"]
+
+
+def test_the_card_tells_the_interval_once() -> None:
+    told = measured("faster", p99=True, speedup=(1.634, 1.602, 1.655), reason="95 % interval 1.602 to 1.655")
+    silent = told.model_copy(update={"reason": "as measured"})
+    for engine, expected in ((told, "95 % interval 1.602 to 1.655"), (silent, "95 % interval 1.60–1.66×; median 4.17")):
+        html = page_of(digits_report().model_copy(update={"engines": [engine]}))
+        card = html[html.index('<li class="card') : html.index("</li>", html.index('<li class="card'))]
+        assert card.count("interval") == 1
+        assert expected in card
+
+
+def test_the_verdict_stands_before_everything_else() -> None:
+    html = page_of(digits_report())
+    assert html.index('class="card faster"') < html.index("<nav") < html.index("<table")
+    assert "faster 1.63× on ort-cpu fp32" in html[: html.index("</title>")]
+
+
+def test_a_report_without_engines_says_that_nothing_was_measured() -> None:
+    bare = digits_report().model_copy(update={"engines": [], "groups": [], "notes": [], "stages_s": {}, "tuning": None})
+    assert "Not measured No engine was asked for." in text_of(bare)
+    assert "The pruned network was not tuned." in text_of(bare)
+    assert "no engine was asked for" in report_page.markdown_page(bare)
+    assert "Network" in terminal(bare)
+
+
+def test_the_recipe_is_shown_as_toml() -> None:
+    assert '[model] name = "resnet18"' in text_of(digits_report())
+    assert "```toml\nseed = 0\n" in report_page.markdown_page(digits_report())
+
+
+# The terminal
+
+
+@REPORTS
+def test_the_table_fits_eighty_columns(make: Any) -> None:
+    assert max(len(line) for line in terminal(make()).splitlines()) <= 80
+
+
+def test_the_table_says_verdict_and_reason() -> None:
+    text = " ".join(terminal(random_report()).split())
+    assert "Verdict not faster" in text
+    assert "ort-cpu fp32: not faster. No difference to be seen: speed-up 0.978" in text
+
+
+# The HTML page
+
+
+@REPORTS
+def test_the_page_needs_nothing_but_itself(make: Any, tmp_path: Path) -> None:
+    html = page_of(make())
+    page = Page(html)
+    assert not {"script", "iframe", "object", "img"} & {tag for tag, _ in page.elements}
+    assert all(link.startswith("#") or link == "data:," for link in page.attributes("href"))
+    assert page.attributes("src") == []
+    style = html[html.index("<style>") : html.index("</style>")]
+    assert "url(" not in style
+    assert "@import" not in style
+    assert not [name for _, attributes in page.elements for name in attributes if name.startswith("on")]
+
+
+@REPORTS
+def test_every_link_and_label_of_the_page_leads_somewhere(make: Any) -> None:
+    page = Page(page_of(make()))
+    ids = page.attributes("id")
+    assert len(ids) == len(set(ids))
+    targets = [link[1:] for link in page.attributes("href") if link.startswith("#")]
+    labels = [name for names in page.attributes("aria-labelledby") for name in names.split()]
+    assert set(targets) | set(labels) <= set(ids)
+    assert len(targets) > 20
+
+
+@REPORTS
+def test_drawings_have_names_and_tables_have_headers(make: Any, tmp_path: Path) -> None:
+    write_report(make(), with_laps(tmp_path))
+    page = Page((tmp_path / "report.html").read_text())
+    assert len(page.all("svg")) > 1
+    assert all(svg.get("role") == "img" for svg in page.all("svg"))
+    assert all(svg.get("aria-label") or svg.get("aria-labelledby") for svg in page.all("svg"))
+    assert all(cell.get("scope") for cell in page.all("th"))
+
+
+def test_hostile_text_is_shown_and_not_obeyed() -> None:
+    page = Page(page_of(hostile_report()))
+    assert {tag for tag, _ in page.elements} == {tag for tag, _ in Page(page_of(digits_report())).elements}
+    assert page.text.count("""<script>alert("x")</script> & 'q' | `tick`""") > 12
+
+
+def test_hostile_text_breaks_no_markdown_table() -> None:
+    lines = report_page.markdown_page(hostile_report()).splitlines()
+    tables = [line for line in lines if line.startswith("|")]
+    rows = [len(re.findall(r"(?<!\\)\|", line)) - 1 for line in tables]
+    assert set(rows) == {2, 3, 4, 7}
+    outside_code = re.sub(r"(?s)^(`{3,})toml.*?^\1$", "", "\n".join(lines), flags=re.M)
+    assert not re.search(r"(?<!\\)<", outside_code)
+
+
+def test_the_page_of_a_deep_network_draws_every_group() -> None:
+    page = Page(page_of(random_report()))
+    assert len([name for name in page.attributes("id") if re.fullmatch(r"group-\d+", name)]) == 120
+    assert len(page_of(random_report())) < 1_000_000
+
+
+def test_the_same_report_gives_the_same_bytes(tmp_path: Path) -> None:
+    folders = [with_laps(tmp_path / name) for name in "ab"]
+    for folder in folders:
+        write_report(digits_report(), folder)
+    for name in ("report.json", "report.md", "report.html"):
+        assert (folders[0] / name).read_bytes() == (folders[1] / name).read_bytes()
+
+
+def test_the_pages_are_made_again_from_the_json_and_the_laps(tmp_path: Path) -> None:
+    written = write_report(digits_report(), with_laps(tmp_path))
+    assert [path.name for path in written] == ["report.json", "report.md", "report.html"]
+    before = [path.read_bytes() for path in written]
+    (tmp_path / "report.md").unlink()
+    (tmp_path / "report.html").unlink()
+    assert [path.name for path in render(tmp_path)] == ["report.md", "report.html"]
+    assert [path.read_bytes() for path in written] == before
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_the_distribution_is_drawn_from_the_laps_or_missed_in_words(tmp_path: Path) -> None:
+    write_report(digits_report(), with_laps(tmp_path))
+    drawn = (tmp_path / "report.html").read_text()
+    assert drawn.count('class="hist"') == 2
+    assert "700 laps dense, 700 laps pruned" in Page(drawn).text
+    assert 'class="hist"' not in page_of(digits_report())
+    assert "The laps of ort-cpu fp32 are not beside this report" in text_of(digits_report())
+
+
+def test_without_the_template_library_no_page_is_left_that_contradicts_the_json(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_report(digits_report(), tmp_path)
+    monkeypatch.setattr(report, "pages_unavailable", lambda: "report.html needs jinja2.")
+    assert [path.name for path in write_report(random_report(), tmp_path)] == ["report.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["report.json"]
+    with pytest.raises(ModuleNotFoundError, match="jinja2"):
+        render(tmp_path)
+
+
+# Colours
+
+
+def schemes() -> dict[str, dict[str, str]]:
+    """The colours of the page by name, in the light and in the dark scheme."""
+    style = page_of(digits_report())
+    blocks = re.findall(r":root \{(.*?)\}", style, re.S)
+    light, dark = (dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6})", block)) for block in blocks)
+    return {"light": light, "dark": dark}
+
+
+def luminance(colour: str) -> float:
+    """Relative luminance as WCAG 2.1 defines it."""
+    parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def contrast(one: str, other: str) -> float:
+    low, high = sorted((luminance(one), luminance(other)))
+    return (high + 0.05) / (low + 0.05)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_text_has_the_contrast_that_wcag_asks_for(scheme: str) -> None:
+    colours = schemes()[scheme]
+    assert colours.keys() == schemes()["light"].keys()
+    pairs = [(text, ground) for text in ("ink", "soft", "link") for ground in ("page", "panel")]
+    for verdict in ("faster", "slower", "unstable", "unmeasured"):
+        pairs += [(verdict, f"{verdict}-panel"), ("ink", f"{verdict}-panel"), (verdict, "page")]
+    for text, ground in pairs:
+        assert contrast(colours[text], colours[ground]) >= 4.5, (text, ground)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_marks_stand_out_from_the_page(scheme: str) -> None:
+    colours = schemes()[scheme]
+    for mark in ("pruned", "cut", "dense"):
+        assert contrast(colours[mark], colours["page"]) >= 3, mark
+
+
+# A real browser, where there is one
+
+
+@pytest.mark.skipif(not shutil.which("chromium"), reason="chromium is not installed; the layout is not checked")
+@pytest.mark.parametrize("make", [digits_report, random_report, hostile_report])
+def test_the_page_does_not_scroll_sideways_on_a_phone(make: Any, tmp_path: Path) -> None:
+    write_report(make(), with_laps(tmp_path))
+    framed = (tmp_path / "report.html").read_text().replace("&", "&amp;").replace('"', "&quot;")
+    framed = framed.replace("default-src 'none'; style-src 'unsafe-inline'; img-src data:", "style-src 'unsafe-inline'")
+    # A window of a browser without a screen is at least 500 px wide; a frame is as narrow as it is told to be.
+    (tmp_path / "frame.html").write_text(
+        f'<!doctype html><iframe srcdoc="{framed}" style="width:360px;height:700px;border:0"></iframe>'
+        "<output></output><script>onload = () => { const page = document.querySelector('iframe').contentDocument;"
+        "document.querySelector('output').textContent = 'wide ' + page.documentElement.scrollWidth"
+        " + ' of ' + page.documentElement.clientWidth; }</script>"
+    )
+    flags = "--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking"
+    flags += " --disable-component-update --disable-sync --hide-scrollbars --dump-dom"
+    command = [
+        "chromium",
+        *flags.split(),
+        f"--user-data-dir={tmp_path / 'profile'}",
+        (tmp_path / "frame.html").as_uri(),
+    ]
+    dom = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+    assert "<output>wide 360 of 360</output>" in dom
+
+
+# Numbers as people read them
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (quantities.count(999), "999"),
+        (quantities.count(271_098), "271 k"),
+        (quantities.count(999_960), "1.00 M"),
+        (quantities.count(37_240_000), "37.2 M"),
+        (quantities.count(4_089_184_256), "4.09 G"),
+        (quantities.size(512), "512 B"),
+        (quantities.size(44_731_201), "44.7 MB"),
+        (quantities.size(9_999), "10.0 kB"),
+        (quantities.milliseconds(4.2069), "4.21 ms"),
+        (quantities.milliseconds(0.086249), "0.0862 ms"),
+        (quantities.milliseconds(9.999), "10.0 ms"),
+        (quantities.milliseconds(1342.4), "1340 ms"),
+        (quantities.seconds(0.42), "0.42 s"),
+        (quantities.seconds(13.14), "13.1 s"),
+        (quantities.seconds(59.96), "1 min 00 s"),
+        (quantities.seconds(125.2), "2 min 05 s"),
+        (quantities.seconds(3840), "1 h 04 min"),
+        (quantities.factor(1.634), "1.63×"),
+        (quantities.factor(12.34), "12.3×"),
+        (quantities.factor_interval(0.951, 1.004), "0.95–1.00×"),
+        (quantities.percent(0.98611, 360), "98.6 %"),
+        (quantities.percent(0.9173, 10_000), "91.73 %"),
+        (quantities.points(-0.0083, 360), "−0.8 points"),
+        (quantities.points(0.0001, 360), "±0.0 points"),
+        (quantities.change(37.2, 18.4), "−50.5 %"),
+        (quantities.change(10, 11), "+10.0 %"),
+        (quantities.change(0, 0), "none"),
+        (quantities.significant(0), "0"),
+        (quantities.significant(-0.5), "−0.500"),
+    ],
+)
+def test_numbers_have_sensible_digits_and_their_unit(text: str, expected: str) -> None:
+    assert text == expected
+
+
+@given(st.floats(min_value=1e-5, max_value=1e12))
+def test_three_digits_are_never_off_by_more_than_half_of_the_last(value: float) -> None:
+    # Rounding to three digits moves a number by at most 5 in the fourth: 0.5 % of 1.00.
+    assert float(quantities.significant(value)) == pytest.approx(value, rel=0.005 + 1e-9)
+
+
+# The geometry of the charts
+
+
+def shoelace(path: str) -> float:
+    """The area of a path of M, H, V and Z, by the surveyor's formula; an oracle that knows no bars."""
+    total = 0.0
+    for piece in filter(None, path.split("M")):
+        x, y = map(float, re.match(r"([-\d.e]+) ([-\d.e]+)", piece).groups())  # type: ignore[union-attr]
+        corners = [(x, y)]
+        for axis, number in re.findall(r"([HV])([-\d.e]+)", piece):
+            x, y = (float(number), y) if axis == "H" else (x, float(number))
+            corners.append((x, y))
+        following = corners[1:] + corners[:1]
+        total += sum(x0 * y1 - x1 * y0 for (x0, y0), (x1, y1) in zip(corners, following, strict=True)) / 2
+    return abs(total)
+
+
+@pytest.mark.parametrize("channels", [1, 5, 64, 65, 100, 2048])
+def test_the_areas_of_a_profile_are_the_sums_of_its_scores(channels: int) -> None:
+    draw = random.Random(channels)
+    scores = [draw.expovariate(1.0) for _ in range(channels)]
+    kept = draw.sample(range(channels), max(1, channels // 2))
+    profile = charts.score_profile(scores, kept)
+    unit = charts.WIDTH * charts.HEIGHT / (channels * max(scores))
+    cut = set(range(channels)) - set(kept)
+    # Coordinates are written with one decimal: at most 0.05 off in height over the whole width, and in each edge.
+    off = 0.05 * charts.WIDTH + 0.1 * charts.HEIGHT * 2 * charts.PROFILE_BARS
+    assert shoelace(profile.kept) == pytest.approx(unit * sum(scores[c] for c in kept), abs=off)
+    assert shoelace(profile.cut) == pytest.approx(unit * sum(scores[c] for c in cut), abs=off)
+    assert (profile.low, profile.high) == (min(scores), max(scores))
+
+
+def test_a_cut_channel_that_scored_high_is_seen_where_it_ranks() -> None:
+    profile = charts.score_profile([4.0, 3.0, 2.0, 1.0], kept=[0, 2])
+    assert profile.kept == "M0 100V0H250V100ZM500 100V50H750V100Z"
+    assert profile.cut == "M250 100V25H500V100ZM750 100V75H1000V100Z"
+
+
+def test_scores_below_zero_hang_from_the_baseline() -> None:
+    profile = charts.score_profile([3.0, -1.0], kept=[0])
+    assert profile.kept == "M0 75V0H500V75Z"
+    assert profile.cut == "M500 75V100H1000V75Z"
+
+
+@pytest.mark.parametrize("scores", [[0.0, 0.0], [-1.0, -1.0], [2.0]])
+def test_scores_without_a_spread_are_drawn(scores: list[float]) -> None:
+    assert "nan" not in "".join(charts.score_profile(scores, kept=[0])[:2])
+
+
+def test_columns_are_as_high_as_layers_are_wide() -> None:
+    first, second = charts.width_columns([(512, 128), (256, 256)])
+    assert (first.kept, first.cut) == (25, 75)
+    assert (second.kept, second.cut) == (50, 0)
+    assert second.x > first.x + first.breadth
+
+
+@given(st.lists(st.floats(min_value=0.01, max_value=1e3), min_size=1, max_size=300))
+def test_every_lap_is_drawn_or_counted_as_beyond_the_axis(laps_ms: list[float]) -> None:
+    axis = charts.latency_axis(laps_ms, [lap * 2 for lap in laps_ms])
+    outside = sum(not axis.low <= lap < axis.high for lap in laps_ms)
+    drawn = charts.histogram(laps_ms, axis)
+    assert drawn.beyond == outside
+    assert drawn.beyond <= len(laps_ms) // 100
+    heights = [float(height) for height in re.findall(r"V([\d.]+)H", drawn.path)]
+    assert min(heights) == 0
+
+
+def test_a_histogram_counts_by_height() -> None:
+    drawn = charts.histogram([0.5, 0.5, 1.5], charts.LatencyAxis(low=0.0, high=float(charts.HISTOGRAM_BINS)))
+    assert drawn.path == "M0 100V0H13.9V50H27.8V100Z"
+
+
+def test_a_curve_starts_at_its_first_value_and_ends_at_its_last() -> None:
+    drawn = charts.curve([2.0, 1.0, 0.5])
+    assert drawn.path == "M0 0L500 50L1000 75"
+    assert [(tick.value, tick.percent) for tick in drawn.ticks] == [(0, 0), (0.5, 25), (1.0, 50), (1.5, 75), (2.0, 100)]
+
+
+def test_one_epoch_is_a_level_line() -> None:
+    assert charts.curve([2.0]).path == "M0 0L1000 0"
+    assert charts.curve([0.0]).path == "M0 0L1000 0"
+
+
+@given(st.floats(min_value=-1e6, max_value=1e6), st.floats(min_value=1e-3, max_value=1e6), st.integers(2, 9))
+def test_axes_are_marked_at_round_values_inside(low: float, span: float, most: int) -> None:
+    ticks = charts.axis_ticks(low, low + span, most=most)
+    assert len(ticks) <= most + 1
+    assert all(-0.01 <= tick.percent <= 100.01 for tick in ticks)
+    steps = {round(b.value - a.value, 9) for a, b in itertools.pairwise(ticks)}
+    assert all(f"{step:.0e}"[0] in "125" for step in steps)

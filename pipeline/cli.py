@@ -1,0 +1,466 @@
+"""The command line: options in, exit codes out; what the commands do lives in the other modules, imported on demand."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import shlex
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from ..export.gate import GateResult
+    from .display import Display
+    from .recipe import Recipe
+    from .report import Report
+
+EXIT_CODES = (
+    "Exit codes: 0 done; 1 a stage failed; 2 usage, recipe or input; 3 the target cannot be used here; "
+    "4 requirement not met; 5 inconclusive; 6 integrity; 130 interrupted (143 by SIGTERM)."
+)
+
+DEBUG = "CHIP_DEPLOY_DEBUG"
+
+# Which extra brings a package that this install may lack.
+EXTRAS = {
+    "torch": "prune",
+    "torchvision": "prune",
+    "torch_pruning": "prune",
+    "lightning": "prune",
+    "onnx": "prune",
+    "onnxscript": "prune",
+    "PIL": "prune",
+    "safetensors": "prune",
+    "sklearn": "prune",
+    "onnxruntime": "ort",
+    "tensorrt": "trt",
+    "tensorrt_rtx": "trt-rtx",
+    "cuda": "trt",
+    "jinja2": "report",
+}
+
+PACKAGE = __name__.removesuffix(".pipeline.cli")
+# Foreseen failures of a stage, by module and name: those modules import torch, which not every command needs.
+REFUSALS = (
+    ("chip.groups", "CannotCut"),
+    ("chip.surgery", "SurgeryRefused"),
+    ("pipeline.tune", "TrainingDiverged"),
+)
+
+app = typer.Typer(
+    name="chip-deploy",
+    help="Prune a trained CNN, export it, build engines and measure whether it really became faster.",
+    epilog=EXIT_CODES,
+    add_completion=False,
+)
+
+RecipeFile = Annotated[Path | None, typer.Argument(metavar="RECIPE.toml", help="What to do; options override it.")]
+Bundle = Annotated[Path, typer.Argument(metavar="BUNDLE", help="The folder that `prune --out` wrote.")]
+Model = Annotated[
+    str | None, typer.Option(metavar="NAME", help="resnet18, resnet56, timm:NAME, package.module:factory, ...")
+]
+Weights = Annotated[str | None, typer.Option(metavar="FILE", help="Trained weights: .safetensors, .pt or .pth.")]
+Data = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="digits, imagefolder:DIR, cifar10[:DIR], random:N, package.module:factory, ..."),
+]
+CriterionName = Annotated[str | None, typer.Option(metavar="NAME", help="What judges the channels: chip.")]
+Settings = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any recipe key, e.g. tune.epochs=0. Repeatable.")
+]
+
+
+class Stopped(BaseException):
+    """Ctrl-C or SIGTERM. Not a KeyboardInterrupt, which Lightning would turn into exit code 1."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.exit_code = 128 + number
+
+
+@app.command()
+def prune(
+    recipe: RecipeFile = None,
+    model: Model = None,
+    weights: Weights = None,
+    data: Data = None,
+    criterion: CriterionName = None,
+    macs: Annotated[str | None, typer.Option(metavar="KEPT", help="Fraction of the MACs to keep.")] = None,
+    params: Annotated[str | None, typer.Option(metavar="KEPT", help="Fraction of the parameters to keep.")] = None,
+    ratio: Annotated[str | None, typer.Option(metavar="REMOVED", help="Fraction of the channels to remove.")] = None,
+    target: Annotated[
+        list[str] | None, typer.Option(metavar="TARGET", help="ort-cpu, trt-rtx[:sm86,...], trt. Repeatable.")
+    ] = None,
+    precision: Annotated[str | None, typer.Option(metavar="NAME", help="Precision of the engines: fp32.")] = None,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Where the bundle goes.")] = None,
+    settings: Settings = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run, or begin one.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be cut; write nothing.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="The report as JSON on stdout; the rest on stderr.")] = False,
+) -> None:
+    """Score, cut, tune, export, build, measure, report. Exits 0 whatever the verdict."""
+    asked = {
+        "model.name": model,
+        "model.weights": weights,
+        "data.name": data,
+        "score.criterion": criterion,
+        "prune.macs": _number(macs),
+        "prune.params": _number(params),
+        "prune.ratio": _number(ratio),
+        "targets": target or None,
+        "export.precision": [precision] if precision else None,
+    }
+    checked = _checked_recipe(recipe, asked, settings)
+    if dry_run:
+        if resume:
+            raise ValueError("--dry-run writes nothing, so there is nothing to --resume. Leave one of them out.")
+        _dry_run(checked, as_json=as_json)
+        return
+    if out is None:
+        raise ValueError("no output folder was given. Give --out DIR, for example --out runs/first.")
+    _prune(checked, out, resume=resume, as_json=as_json)
+
+
+@app.command()
+def score(
+    recipe: RecipeFile = None,
+    model: Model = None,
+    weights: Weights = None,
+    data: Data = None,
+    criterion: CriterionName = None,
+    settings: Settings = None,
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="Where the scores go (.safetensors).")] = None,
+) -> None:
+    """Judge every channel, and write the scores to a file; nothing is cut."""
+    asked = {"model.name": model, "model.weights": weights, "data.name": data, "score.criterion": criterion}
+    checked = _checked_recipe(recipe, asked, settings, needs_budget=False)
+    if out is None:
+        raise ValueError("no output file was given. Give --out FILE, for example --out scores.safetensors.")
+    with _watching(_console()) as display:
+        from .stages import score as score_channels
+
+        score_channels(checked, out, display=display)
+    _console().print(f"Scores: {out}", soft_wrap=True, highlight=False, markup=False)
+
+
+@app.command()
+def build(
+    bundle: Bundle,
+    target: Annotated[str, typer.Option(metavar="TARGET", help="ort-cpu, trt-rtx[:sm86,...], trt.")],
+) -> None:
+    """Build an engine from a bundle's ONNX file, on the machine that will run it. Needs no torch."""
+    _parsed_target(target)
+    _require_bundle(bundle)
+    with _watching(_console()) as display:
+        display.stage(f"build {target}")
+        from .device import rebuild
+
+        engine = rebuild(bundle, target)
+    size = f"{engine.bytes / 1e6:.1f} MB, built in {engine.build_seconds:.1f} s"
+    _console().print(f"{bundle / engine.file}: {size}", soft_wrap=True, highlight=False, markup=False)
+
+
+@app.command()
+def measure(
+    bundle: Bundle,
+    target: Annotated[str | None, typer.Option(metavar="TARGET", help="One target; all of them if left out.")] = None,
+) -> None:
+    """Measure a bundle's engines on this machine, dense beside pruned, and update its report. Needs no torch."""
+    if target is not None:
+        _parsed_target(target)
+    _require_bundle(bundle)
+    with _watching(_console()) as display:
+        from .device import remeasure
+
+        rows = remeasure(bundle, target, display)
+    from .tables import engine_table
+
+    _console().print(engine_table(rows))
+
+
+@app.command()
+def verify(bundle: Bundle) -> None:
+    """Compare every file of a bundle with its manifest."""
+    _require_bundle(bundle)
+    from ..export.bundle import verify_bundle
+
+    files = verify_bundle(bundle).files
+    _console().print(f"{len(files)} files, each as the manifest says.", highlight=False)
+
+
+@app.command()
+def gate(
+    bundle: Bundle,
+    require: Annotated[
+        list[str], typer.Option(metavar="LIMIT", help='"speedup>=1.3", "p99<=4ms", "top1_drop<=0.5", "size<=10MB".')
+    ],
+    target: Annotated[
+        str | None, typer.Option(metavar="TARGET", help="The engine that must comply; every measured one if left out.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="The rows as JSON on stdout.")] = False,
+) -> None:
+    """Let a bundle pass only if it meets what is required of it: exits 0, 4 (not met) or 5 (inconclusive)."""
+    from ..export.gate import check_gate, parse_requirement
+
+    requirements = [parse_requirement(text) for text in require]
+    if target is not None:
+        _parsed_target(target)
+    _require_bundle(bundle)
+    result = _gate_result(lambda: check_gate(bundle, requirements, target=target))
+    _show_gate(result, as_json=as_json)
+    raise typer.Exit(result.exit_code)
+
+
+@app.command()
+def report(bundle: Bundle) -> None:
+    """Write a bundle's Markdown and HTML report again, from its report.json and its laps."""
+    _require_bundle(bundle)
+    from ..export.bundle import verify_bundle, write_manifest
+    from .report import render
+
+    manifest = verify_bundle(bundle)
+    for path in render(bundle):
+        _console().print(str(path), soft_wrap=True, highlight=False, markup=False)
+    write_manifest(bundle, versions=manifest.versions, lineage=manifest.lineage)
+
+
+@app.command()
+def doctor() -> None:
+    """Say what this machine can do: versions, and each target with the reason where it cannot be used."""
+    from .doctor import machine_table, package_table, target_table
+
+    console = _console()
+    console.print(machine_table(), "", package_table(EXTRAS), "", target_table(), sep="\n")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command and returns its exit code; whatever goes wrong is one sentence on stderr, never a traceback."""
+    arguments = (sys.argv[1:] if argv is None else argv) or ["--help"]
+    command = typer.main.get_command(app)
+    try:
+        with _stopping_at_signals():
+            code = command.main(args=list(arguments), prog_name="chip-deploy", standalone_mode=False)
+    except (Stopped, KeyboardInterrupt, typer.Abort) as err:
+        _say(_how_to_continue(arguments))
+        return err.exit_code if isinstance(err, Stopped) else 130
+    except Exception as err:
+        if os.environ.get(DEBUG) == "1":
+            traceback.print_exc()
+        code, sentence = _explained(err)
+        _say(sentence)
+    return code if isinstance(code, int) else 0
+
+
+def _prune(recipe: Recipe, out: Path, *, resume: bool, as_json: bool) -> None:
+    console = _console(stderr=as_json)
+    with _stdout_elsewhere(as_json=as_json), _watching(console) as display:
+        from .stages import prune as run_stages
+
+        result = run_stages(recipe, out, resume=resume, display=display)
+    if as_json:
+        _print_json((out / "report.json").read_text(encoding="utf-8"))
+    _show_report(result, out, console)
+
+
+def _show_report(result: Report, out: Path, console: Console) -> None:
+    from .report import summary_table
+
+    console.print(summary_table(result))
+    console.print(f"Report: {out / 'report.html'}", soft_wrap=True, highlight=False, markup=False)
+
+
+def _dry_run(recipe: Recipe, *, as_json: bool) -> None:
+    console = _console(stderr=as_json)
+    with _stdout_elsewhere(as_json=as_json), _watching(console) as display:
+        from .stages import dry_run
+
+        preview = dry_run(recipe, display)
+    if as_json:
+        _print_json(json.dumps(dataclasses.asdict(preview), indent=2))
+    else:
+        from .tables import preview_table
+
+        console.print(preview_table(preview))
+
+
+def _gate_result(check: Any) -> GateResult:
+    """What `check` returns; an engine with other outputs than the network's has not met what a gate requires."""
+    from ..export.errors import ParityFailed
+
+    try:
+        return check()
+    except ParityFailed as err:
+        _say(_sentence(err))
+        raise typer.Exit(4) from err
+
+
+def _show_gate(result: GateResult, *, as_json: bool) -> None:
+    if as_json:
+        _print_json(result.model_dump_json(indent=2))
+        return
+    console = _console()
+    for row in result.rows:
+        console.print(f"{row.status}: {row.sentence}", soft_wrap=True, highlight=False, markup=False)
+
+
+def _checked_recipe(
+    path: Path | None, asked: dict[str, Any], settings: list[str] | None, *, needs_budget: bool = True
+) -> Recipe:
+    """The recipe with the options and `--set` on top. Raises: ValueError for a key that is given twice."""
+    from .recipe import load_recipe, parse_setting
+
+    overrides = {key: value for key, value in asked.items() if value is not None}
+    for text in settings or []:
+        key, value = parse_setting(text)
+        if key in overrides:
+            raise ValueError(f"--set {text}: '{key}' is given twice. Give it once.")
+        overrides[key] = value
+    return load_recipe(path, overrides, needs_budget=needs_budget)
+
+
+def _number(text: str | None) -> int | float | str | None:
+    """The number that `text` spells, or `text` itself, which the recipe then refuses with its own sentence."""
+    if text is None:
+        return None
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return kind(text)
+    return text
+
+
+def _parsed_target(text: str) -> None:
+    from ..export.target import parse_target
+
+    parse_target(text)
+
+
+def _require_bundle(bundle: Path) -> None:
+    if not bundle.is_dir():
+        raise FileNotFoundError(f"{bundle}: no such bundle. Give the folder that `chip-deploy prune --out` wrote.")
+
+
+def _console(*, stderr: bool = False) -> Console:
+    from rich.console import Console
+
+    return Console(stderr=stderr)
+
+
+@contextlib.contextmanager
+def _watching(console: Console) -> Iterator[Display]:
+    """A display for the block, taken off the screen however the block ends."""
+    from .display import make_display
+
+    display = make_display(console)
+    try:
+        yield display
+        display.done()
+    finally:
+        display.stop()
+
+
+@contextlib.contextmanager
+def _stdout_elsewhere(*, as_json: bool) -> Iterator[None]:
+    """With `--json`, what a library prints goes to stderr, so that stdout holds JSON alone."""
+    with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
+        yield
+
+
+@contextlib.contextmanager
+def _stopping_at_signals() -> Iterator[None]:
+    """Ctrl-C and SIGTERM raise `Stopped` inside the block; a signal that the parent has us ignore stays ignored."""
+
+    def stop(number: int, _frame: object) -> NoReturn:
+        raise Stopped(number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number, handler in before.items():
+        if handler is not signal.SIG_IGN:
+            signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _how_to_continue(arguments: list[str]) -> str:
+    if arguments[:1] != ["prune"] or "--dry-run" in arguments:
+        return "interrupted."
+    again = arguments if "--resume" in arguments else [*arguments, "--resume"]
+    return f"interrupted; continue with: {shlex.join(['chip-deploy', *again])}"
+
+
+def _explained(err: Exception) -> tuple[int, str]:
+    """The exit code and the sentence for what a command raised."""
+    if hasattr(err, "format_message"):  # what typer raises for bad usage; its class moved between versions
+        return 2, f"{_sentence(err)} See chip-deploy --help."
+    if isinstance(err, ModuleNotFoundError) and (err.name or "").partition(".")[0] in EXTRAS:
+        package = str(err.name).partition(".")[0]
+        return 2, f"the Python package '{package}' is not installed. Install chip-deploy[{EXTRAS[package]}]."
+    code = _exit_code(err)
+    if code is not None:
+        return code, _sentence(err)
+    return 1, f"unexpected {type(err).__name__}: {_sentence(err)} Set {DEBUG}=1 to see the traceback."
+
+
+def _exit_code(err: Exception) -> int | None:
+    """The exit code for an error that was foreseen; None for one that was not."""
+    from ..export.errors import ExportError, IntegrityError, MachineMismatch, TargetUnavailable
+
+    match err:
+        case TargetUnavailable() | MachineMismatch():
+            return 3
+        case IntegrityError():
+            return 6
+        case ExportError():
+            return 1
+        case ValueError() | FileNotFoundError() | NotADirectoryError() | IsADirectoryError() | PermissionError():
+            return 2
+        case FileExistsError():
+            return 2
+        case OSError():
+            return 1
+    return 1 if _is_refusal(err) else None
+
+
+def _is_refusal(err: Exception) -> bool:
+    """Whether `err` is one of REFUSALS; a module that was never loaded can have raised nothing."""
+    loaded = [(sys.modules.get(f"{PACKAGE}.{module}"), name) for module, name in REFUSALS]
+    return isinstance(err, tuple(getattr(module, name) for module, name in loaded if module))
+
+
+def _sentence(err: Exception) -> str:
+    """What went wrong, on one line, ending in a full stop."""
+    if hasattr(err, "format_message"):
+        text = err.format_message()  # pyright: ignore[reportAttributeAccessIssue]
+    elif isinstance(err, OSError) and err.errno is not None:
+        text = f"{err.filename}: {err.strerror}" if err.filename else str(err.strerror)
+    elif type(err).__name__ == "ValidationError" and hasattr(err, "errors"):
+        first = err.errors()[0]  # pyright: ignore[reportAttributeAccessIssue]
+        text = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+    else:
+        text = str(err) or type(err).__name__
+    text = " ".join(text.split())
+    return text if text.endswith((".", "?", "!")) else f"{text}."
+
+
+def _say(sentence: str) -> None:
+    print(f"error: {sentence}" if not sentence.startswith("interrupted") else sentence, file=sys.stderr)
+
+
+def _print_json(text: str) -> None:
+    print(text.rstrip("\n"), file=sys.stdout)

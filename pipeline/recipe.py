@@ -1,0 +1,412 @@
+"""What was asked for: a recipe, read from TOML and the command line, checked before anything else runs."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import tomli
+import tomli_w
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from ..chip.criteria import CRITERIA
+from ..export.target import PRECISIONS, parse_target
+
+BUDGETS = ("macs", "params", "ratio")
+"""Budgets that are one number; per-layer ratios are the fourth way to ask."""
+
+FUNCTION = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class ModelSection(_Section):
+    """Which network, and the trained weights to load into it."""
+
+    name: str = ""
+    weights: str | None = None
+
+
+class DataSection(_Section):
+    """Which images, at which side length, and how many of them measure accuracy (all of them when not given)."""
+
+    name: str = ""
+    size: int | None = Field(default=None, ge=1)
+    eval_images: int | None = Field(default=None, ge=1)
+
+
+class ScoreSection(_Section):
+    """Which criterion judges the channels, on how many images."""
+
+    criterion: str = "chip"
+    images: int | None = Field(default=None, ge=1)
+    batch: int = Field(default=32, ge=1)
+
+    @field_validator("criterion")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        if name not in CRITERIA:
+            raise ValueError(f"unknown criterion '{name}'.{_did_you_mean(name, CRITERIA)} {_available(CRITERIA)}")
+        return name
+
+
+class PruneSection(_Section):
+    """How much to cut: one budget, and the widths that the cut may leave.
+
+    Unit: `macs` and `params` are fractions kept; `ratio` and `layer_ratios` are fractions of channels removed.
+    """
+
+    macs: float | None = None
+    params: float | None = None
+    ratio: float | None = None
+    layer_ratios: dict[str, float] = Field(default_factory=dict)
+    round_to: int | None = Field(default=None, ge=1)
+    min_width: int = Field(default=8, ge=1)
+
+    @property
+    def budgets(self) -> tuple[str, ...]:
+        """The names of the budgets that are set: exactly one in a recipe that can be pruned by."""
+        numbers = tuple(name for name in BUDGETS if getattr(self, name) is not None)
+        return (*numbers, "layer_ratios") if self.layer_ratios else numbers
+
+    @field_validator("macs", "params", mode="before")
+    @classmethod
+    def _keeps_a_part(cls, kept: Any) -> Any:
+        if not _is_part(kept):
+            raise ValueError("a fraction to keep is expected, above 0 and below 1, for example 0.5")
+        return kept
+
+    @field_validator("ratio", mode="before")
+    @classmethod
+    def _removes_a_part(cls, removed: Any) -> Any:
+        if not _is_part(removed):
+            raise ValueError("a fraction of channels to remove is expected, above 0 and below 1, for example 0.3")
+        return removed
+
+    @field_validator("layer_ratios")
+    @classmethod
+    def _remove_less_than_all(cls, ratios: dict[str, float]) -> dict[str, float]:
+        for layer, ratio in ratios.items():
+            if not 0 <= ratio < 1:
+                raise ValueError(f"layer '{layer}' has {ratio}; a fraction to remove, from 0 to below 1, is expected")
+        return ratios
+
+    @model_validator(mode="after")
+    def _one_budget_at_most(self) -> PruneSection:
+        if len(self.budgets) > 1:
+            names = " and ".join(f"prune.{name}" for name in self.budgets)
+            raise ValueError(f"{len(self.budgets)} budgets at once, {names}; exactly one is expected. Keep one of them")
+        return self
+
+
+class TrainSettings(_Section):
+    """How a network is trained: SGD, a linear warm-up, then a cosine to zero.
+
+    Unit: `distill` is the weight of the teacher's softened outputs in the loss, from 0 (labels only) to 1.
+    """
+
+    epochs: int = Field(default=10, ge=0)
+    lr: float = Field(default=0.01, gt=0)
+    momentum: float = Field(default=0.9, ge=0, lt=1)
+    weight_decay: float = Field(default=5e-4, ge=0)
+    nesterov: bool = True
+    warmup_epochs: int = Field(default=1, ge=0)
+    batch: int = Field(default=128, ge=1)
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+    distill: float = Field(default=0.0, ge=0, le=1)
+    temperature: float = Field(default=4.0, gt=0)
+    augment: bool = True
+    max_images: int | None = Field(default=None, ge=1)
+
+    @model_validator(mode="after")
+    def _nesterov_has_momentum(self) -> TrainSettings:
+        if self.nesterov and self.momentum == 0:
+            raise ValueError("nesterov needs a momentum above 0. Set nesterov = false, or a momentum")
+        return self
+
+
+class TuneSection(TrainSettings):
+    """How the pruned network is brought back: BN recalibration, then training, ours or the user's own function."""
+
+    recalibrate_images: int = Field(default=1024, ge=0)
+    train: str | None = None
+
+    @field_validator("train")
+    @classmethod
+    def _names_a_function(cls, train: str | None) -> str | None:
+        if train is not None and not FUNCTION.fullmatch(train):
+            raise ValueError("package.module:function is expected, for example mylab.training:finetune")
+        return train
+
+
+class DenseSection(TrainSettings):
+    """How the dense network is trained first, where a small data set comes without weights."""
+
+    epochs: int = Field(default=8, ge=0)
+    lr: float = Field(default=0.05, gt=0)
+
+    @field_validator("distill")
+    @classmethod
+    def _has_no_teacher(cls, distill: float) -> float:
+        if distill:
+            raise ValueError("the dense network has no teacher to distil from. Leave it at 0, or set tune.distill")
+        return distill
+
+
+class ExportSection(_Section):
+    """How the network is written as ONNX, and the precisions that engines are built in."""
+
+    dynamic_batch: bool = False
+    precision: tuple[str, ...] = Field(default=("fp32",), strict=False)
+
+    @field_validator("precision")
+    @classmethod
+    def _can_be_built(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        if not names:
+            raise ValueError("at least one precision is expected")
+        for name in names:
+            if name not in PRECISIONS:
+                raise ValueError(f"precision '{name}' cannot be built. {_available(PRECISIONS)}")
+        return tuple(dict.fromkeys(names))
+
+
+class MeasureSection(_Section):
+    """How latency is measured: seconds and laps a side, whichever takes longer."""
+
+    seconds: float = Field(default=3.0, gt=0)
+    laps: int = Field(default=200, ge=1)
+    warmup_ms: float = Field(default=200.0, ge=0)
+    batch: int = Field(default=1, ge=1)
+    threads: int = Field(default=1, ge=1)
+
+
+class Recipe(_Section):
+    """Everything that decides what a run does; two runs of one recipe cut the same channels."""
+
+    model: ModelSection = ModelSection()
+    data: DataSection = DataSection()
+    score: ScoreSection = ScoreSection()
+    prune: PruneSection = PruneSection()
+    tune: TuneSection = TuneSection()
+    dense: DenseSection = DenseSection()
+    export: ExportSection = ExportSection()
+    measure: MeasureSection = MeasureSection()
+    targets: tuple[str, ...] = Field(default=("ort-cpu",), strict=False)
+    seed: int = Field(default=0, ge=0, lt=2**32)
+
+    @field_validator("targets")
+    @classmethod
+    def _known_targets(cls, targets: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(str(parse_target(text)) for text in targets))
+
+
+def load_recipe(
+    path: Path | None = None, overrides: Mapping[str, Any] | None = None, *, needs_budget: bool = True
+) -> Recipe:
+    """The recipe in `path`, with what the command line says instead under dotted keys (`{"tune.epochs": 0}`).
+
+    A budget on the command line replaces the file's budget, whichever of the four it is.
+    Raises: FileNotFoundError; ValueError with one sentence naming the key, its value, and what was expected or the
+    nearest known key; ValueError without a model, data or (unless `needs_budget` is false) exactly one budget.
+    """
+    written = _read_toml(path) if path else {}
+    file_name = path.name if path else ""
+    asked = _nested(overrides or {})
+    _require_known(written, where=file_name)
+    _require_known(asked, where="--set")
+    if _has_budget(asked):
+        for name in (*BUDGETS, "layer_ratios"):
+            written.get("prune", {}).pop(name, None)
+    try:
+        recipe = Recipe.model_validate(_merged(written, asked))
+    except ValidationError as err:
+        raise ValueError(_sentence(err, written, asked, file_name)) from err
+    _require_complete(recipe, needs_budget=needs_budget)
+    return recipe
+
+
+def parse_setting(text: str) -> tuple[str, Any]:
+    """The key and value of `--set key=value`; the value is read as TOML, and as plain text where it is none.
+
+    >>> parse_setting("tune.epochs=0"), parse_setting("model.name=resnet18")
+    (('tune.epochs', 0), ('model.name', 'resnet18'))
+
+    Raises: ValueError when there is no `=` or no key before it.
+    """
+    key, equals, value = text.partition("=")
+    if not equals or not key.strip():
+        raise ValueError(f"--set {text}: KEY=VALUE is expected, for example --set tune.epochs=0.")
+    return key.strip(), _toml_value(value.strip())
+
+
+def recipe_toml(recipe: Recipe) -> str:
+    """The whole recipe as TOML, defaults included; `load_recipe` reads it back to an equal one."""
+    return tomli_w.dumps(recipe.model_dump(mode="json", exclude_none=True))
+
+
+def recipe_digest(recipe: Recipe) -> str:
+    """SHA-256 over every setting of the recipe, as 64 hexadecimal digits; the order of writing does not count."""
+    canonical = json.dumps(recipe.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def recipe_keys() -> tuple[str, ...]:
+    """Every key that a recipe may hold, dotted: `prune.round_to`; `prune.layer_ratios` takes layer names below it."""
+    keys = []
+    for name, section in _fields().items():
+        keys += [f"{name}.{field}" for field in section.model_fields] if section else [name]
+    return tuple(keys)
+
+
+def _fields() -> dict[str, type[_Section] | None]:
+    """Name of each top-level field -> its section, or None for a plain value."""
+    kinds = {name: info.annotation for name, info in Recipe.model_fields.items()}
+    return {
+        name: kind if isinstance(kind, type) and issubclass(kind, _Section) else None for name, kind in kinds.items()
+    }
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    if path.is_dir():
+        raise ValueError(f"{path}: a folder, but a recipe file is expected. Give the .toml file inside.")
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such recipe. Check the path, or leave it out and use options.")
+    try:
+        return tomli.loads(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as err:
+        raise ValueError(f"{path.name}: not UTF-8 text, so no TOML. Give a recipe file.") from err
+    except tomli.TOMLDecodeError as err:
+        raise ValueError(
+            f"{path.name}: not valid TOML: {str(err)[0].lower()}{str(err)[1:]}. Correct that line."
+        ) from err
+
+
+def _toml_value(text: str) -> Any:
+    try:
+        value = tomli.loads(f"value = {text}\n")["value"]
+    except tomli.TOMLDecodeError:
+        return text
+    return value if isinstance(value, bool | int | float | str | list | dict) else text
+
+
+def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """`{"tune.epochs": 0}` as `{"tune": {"epochs": 0}}`; what follows `prune.layer_ratios.` is one layer's name."""
+    nested: dict[str, Any] = {}
+    for key, value in flat.items():
+        section, _, rest = key.partition(".")
+        field, _, layer = rest.partition(".")
+        if (section, field) == ("prune", "layer_ratios") and layer:
+            nested.setdefault(section, {}).setdefault(field, {})[layer] = value
+        elif rest and _fields().get(section, True):
+            _subsection(nested, section, key)[rest] = value
+        else:
+            nested[key] = value
+    return nested
+
+
+def _subsection(nested: dict[str, Any], section: str, key: str) -> dict[str, Any]:
+    found = nested.setdefault(section, {})
+    if not isinstance(found, dict):
+        raise ValueError(f"--set: '{section}' and '{key}' cannot both be set. Keep '{key}'.")
+    return found
+
+
+def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        below = merged.get(key)
+        merged[key] = _merged(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def _has_budget(asked: Mapping[str, Any]) -> bool:
+    return any(name in asked.get("prune", {}) for name in (*BUDGETS, "layer_ratios"))
+
+
+def _require_known(given: Mapping[str, Any], *, where: str) -> None:
+    """Raises ValueError for the first key that a recipe does not have, and for a section that is no section."""
+    known = set(recipe_keys())
+    sections = {name for name, section in _fields().items() if section}
+    for key, value in given.items():
+        if key in sections and not isinstance(value, dict):
+            first = next(name for name in recipe_keys() if name.startswith(f"{key}."))
+            raise ValueError(f"{where}: '{key}' is a section with keys of its own. Set '{first}', for example.")
+        has_keys = isinstance(value, dict) and (value or key in sections)
+        for name in (f"{key}.{below}" for below in value) if has_keys else (key,):
+            if name not in known:
+                raise ValueError(f"{where}: unknown key '{name}'.{_nearest_key(name)}")
+
+
+def _nearest_key(name: str) -> str:
+    """` Did you mean '...'?` for the known key whose last part, or whole, is most like `name`; the keys if none is."""
+
+    def likeness(key: str) -> float:
+        last = difflib.SequenceMatcher(None, name.rpartition(".")[2], key.rpartition(".")[2]).ratio()
+        return 0.7 * last + 0.3 * difflib.SequenceMatcher(None, name, key).ratio()
+
+    best = max(recipe_keys(), key=likeness)
+    if likeness(best) >= 0.55:
+        return f" Did you mean '{best}'?"
+    return f" Sections and keys: {', '.join(_fields())}."
+
+
+def _sentence(err: ValidationError, written: Mapping[str, Any], asked: Mapping[str, Any], file_name: str) -> str:
+    """The first complaint of pydantic as one sentence of ours: where, which key, its value, what is expected."""
+    first = err.errors()[0]
+    keys = [str(part) for part in first["loc"] if not isinstance(part, int)]
+    name = ".".join(keys)
+    where = f"{file_name}: " if _holds(written, keys) and not _holds(asked, keys) else ""
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] != "value_error":
+        message = message.replace("Input should", "it should").replace("tuple", "list")
+    if keys == ["prune"]:
+        return f"{where}{message}."
+    told = isinstance(first["input"], dict) or "unknown" in message or "cannot be built" in message
+    value = "" if told else f" = {_shown(first['input'])}"
+    return f"{where}{name}{value}: {message.removesuffix('.')}."
+
+
+def _holds(tree: Mapping[str, Any], keys: list[str]) -> bool:
+    for key in keys:
+        if not isinstance(tree, Mapping) or key not in tree:
+            return False
+        tree = tree[key]
+    return True
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _require_complete(recipe: Recipe, *, needs_budget: bool) -> None:
+    if not recipe.model.name:
+        raise ValueError("no model was named. Give --model NAME, or model.name in the recipe.")
+    if not recipe.data.name:
+        raise ValueError("no data was named. Give --data NAME (for example digits), or data.name in the recipe.")
+    if needs_budget and not recipe.prune.budgets:
+        raise ValueError(
+            "no budget was given, exactly one is expected. "
+            "Give --macs 0.5, --params 0.5 or --ratio 0.3, or prune.layer_ratios in the recipe."
+        )
+
+
+def _is_part(value: Any) -> bool:
+    """Whether `value` is a number strictly between 0 and 1, or None; NaN and true are not."""
+    return value is None or (isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < 1)
+
+
+def _did_you_mean(name: str, known: tuple[str, ...]) -> str:
+    match = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.4)
+    return f" Did you mean '{match[0]}'?" if match else ""
+
+
+def _available(names: tuple[str, ...]) -> str:
+    return f"Available: {', '.join(names)}"

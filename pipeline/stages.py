@@ -1,0 +1,773 @@
+"""The run, stage by stage: dense, score, plan, cut, tune, export, agree, build, measure, report."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+
+from .. import __version__
+from ..chip.allocate import Budget, Rules, kept_channels, listed_widths, uniform_widths
+from ..chip.cost import Cost, CostModel, paper_flops, removed_at
+from ..chip.criteria import make_criterion
+from ..chip.evidence import score_groups
+from ..chip.groups import CannotCut, ChannelGraph
+from ..chip.plan import PrunePlan, make_plan, weights_digest
+from ..chip.scores import ChannelScores
+from ..chip.surgery import SurgeryRefused, apply_plan, prove
+from ..export.agree import Agreement, compare_outputs, require_agreement
+from ..export.bundle import WORK, sha256_file, write_atomic, write_manifest, writing_atomically
+from ..export.golden import read_golden, run_in_batches
+from ..export.machine import read_machine
+from ..export.measure import LatencyProtocol, laps_path
+from ..export.onnx_export import OnnxInfo, export_onnx
+from ..export.target import Session, Target, engine_path, parse_target, read_engine, require_usable, width_step
+from ..export.targets import make_target
+from . import report as reports
+from .data import DataSet, Images, default_size, normalise, open_data
+from .device import measured_row, unmeasured_row
+from .display import Display
+from .journal import Journal, StageResult, digest_of
+from .models import BuiltModel, build_model, load_weights
+from .recipe import Recipe, recipe_digest, recipe_toml
+from .tune import TrainRecord, evaluate, predict, recalibrate, train
+
+SCORE_IMAGES = 256  # where the recipe names no number: rank correlation with other images 0.985 (mean over layers)
+SMALL_SET = 20_000  # a data set with at most so many training images may train its own dense model
+GOLDEN_IMAGES = 8
+RECIPE_FILE = "recipe.toml"
+BUNDLE_FILES = (
+    RECIPE_FILE,
+    "plan.json",
+    "scores.safetensors",
+    "model.safetensors",
+    "model.onnx",
+    "dense.onnx",
+    "golden.npz",
+)
+PACKAGES = ("torch", "torchvision", "torch-pruning", "lightning", "onnx", "onnxscript", "numpy")
+
+Progress = Callable[[float, str], None]
+
+
+@dataclass(frozen=True)
+class CutRow:
+    """One channel group of a preview: widths before and after, and how many layers are coupled with its root."""
+
+    layer: str
+    coupled: int
+    before: int
+    after: int
+
+
+@dataclass(frozen=True)
+class CutPreview:
+    """What a run would cut."""
+
+    rows: list[CutRow]
+    macs_before: int
+    macs_after: int
+    params_before: int
+    params_after: int
+
+
+@dataclass
+class Prepared:
+    """Everything that can be known, and refused, before any work starts."""
+
+    recipe: Recipe
+    targets: list[Target]
+    built: BuiltModel
+    data: DataSet
+    example: Tensor
+    graph: ChannelGraph
+    cost: CostModel
+    rules: Rules
+    widths: dict[str, int]
+    score_images: Images
+    test: Images
+
+    @property
+    def trains_dense(self) -> bool:
+        """Whether the dense model has to be trained first."""
+        return self.recipe.model.weights is None and self.data.has_accuracy
+
+    def fresh_model(self) -> nn.Module:
+        """The dense architecture with its seeded weights."""
+        return _build(self.recipe, self.data).module
+
+
+def prune(recipe: Recipe, out: Path, *, resume: bool, display: Display) -> reports.Report:
+    """Run every stage into the folder `out`; with resume=True go on where an earlier run of this recipe stopped.
+
+    Raises: ValueError and FileNotFoundError for what the user can put right (nothing is left behind then);
+    TargetUnavailable; CannotCut and SurgeryRefused when the network cannot be cut rightly; other ExportErrors.
+    """
+    _require_own_folder(out, recipe)
+    if resume and _is_finished(out):
+        display.note(f"{out} holds the finished run of this recipe; nothing is left to do.")
+        return reports.read_report(out)
+    ready = _prepare(recipe, display)
+    existed = out.exists()
+    if not resume:
+        _clear(out)
+    _make_folder(out / WORK)
+    write_atomic(out / WORK / RECIPE_FILE, recipe_toml(recipe).encode())
+    try:
+        return _run(ready, out, display)
+    except (ValueError, FileNotFoundError, CannotCut, SurgeryRefused):
+        if not existed:
+            shutil.rmtree(out)
+        else:
+            _clear(out)
+        raise
+
+
+def dry_run(recipe: Recipe, display: Display) -> CutPreview:
+    """What the recipe would cut, from the network's structure alone; writes nothing, trains nothing."""
+    ready = _prepare(recipe, display)
+    after = ready.cost.after(removed_at(ready.graph.groups, ready.widths))
+    rows = [
+        CutRow(group.layer, len(group.coupled), group.width, ready.widths[group.layer])
+        for group in ready.graph.groups
+        if group.layer in ready.widths
+    ]
+    dense: Cost = ready.cost.dense
+    return CutPreview(rows, dense.macs, after.macs, dense.params, after.params)
+
+
+def score(recipe: Recipe, out_file: Path, *, display: Display) -> None:
+    """Write the scores of every channel that may be cut to a safetensors file.
+
+    Raises: as `prune`; FileNotFoundError when the folder of `out_file` does not exist.
+    """
+    if not out_file.parent.is_dir():
+        raise FileNotFoundError(f"{out_file.parent}: no such folder for the score file. Create it first.")
+    ready = _prepare(recipe, display, needs_cut=False)
+    with tempfile.TemporaryDirectory(prefix="chip-deploy-") as work:
+        journal = Journal(Path(work), display)
+        dense = _dense_stage(ready, journal)
+        write_atomic(out_file, _score_stage(ready, journal, dense).file("scores.safetensors").read_bytes())
+
+
+def load_pruned(bundle: Path) -> nn.Module:
+    """The tuned, pruned network of a bundle: dense architecture, plan replayed, tensors loaded; nothing is unpickled.
+
+    Raises: ValueError when the plan does not fit the architecture that the bundle's recipe names.
+    """
+    plan = PrunePlan.model_validate_json((bundle / "plan.json").read_text(encoding="utf-8"))
+    size = plan.input_shape[-1]
+    dense = build_model(plan.model, num_classes=plan.num_classes, seed=0, size=size).module
+    pruned = apply_plan(dense, plan, torch.zeros(1, *plan.input_shape), weights=False)
+    pruned.load_state_dict(load_file(bundle / "model.safetensors"), strict=True)
+    return pruned.eval()
+
+
+# -- before any work ---------------------------------------------------------------------------------------------------
+
+
+def _prepare(recipe: Recipe, display: Display, *, needs_cut: bool = True) -> Prepared:
+    display.stage("prepare")
+    targets = [make_target(parse_target(text), threads=recipe.measure.threads) for text in recipe.targets]
+    for target in targets if needs_cut else []:
+        require_usable(target)
+    if needs_cut:
+        require_usable(_reference_target())
+    if recipe.measure.batch > 1 and not recipe.export.dynamic_batch:
+        raise ValueError(
+            f"measure.batch is {recipe.measure.batch}, but the exported network takes one image. "
+            "Add --set export.dynamic_batch=true."
+        )
+    if recipe.model.weights is not None and not Path(recipe.model.weights).is_file():
+        raise FileNotFoundError(f"{recipe.model.weights}: no such weights file. Check --weights.")
+    size = recipe.data.size or default_size(recipe.model.name, recipe.data.name)
+    data = open_data(recipe.data.name, size=size, seed=recipe.seed, progress=display.progress)
+    built = _build(recipe, data)
+    _require_weights(recipe, data)
+    if recipe.model.weights is not None:
+        load_weights(built.module, recipe.model.weights)
+    example = normalise(data.test.read(torch.arange(1)))
+    graph, cost = ChannelGraph(built.module, example), CostModel(built.module, example)
+    rules = _rules(recipe, targets)
+    widths = _widths(recipe, graph, cost, rules) if needs_cut else {}
+    return Prepared(
+        recipe,
+        targets,
+        built,
+        data,
+        example,
+        graph,
+        cost,
+        rules,
+        widths,
+        _sampled(data.train, recipe.score.images, recipe.seed, "score.images", otherwise=SCORE_IMAGES),
+        _sampled(data.test, recipe.data.eval_images, recipe.seed, "data.eval_images", otherwise=len(data.test)),
+    )
+
+
+def _build(recipe: Recipe, data: DataSet) -> BuiltModel:
+    classes = data.n_classes if data.has_accuracy else None
+    return build_model(recipe.model.name, num_classes=classes, seed=recipe.seed, size=data.size)
+
+
+def _require_weights(recipe: Recipe, data: DataSet) -> None:
+    if recipe.model.weights is None and data.has_accuracy and len(data.train) > SMALL_SET:
+        raise ValueError(
+            f"no weights were given for '{recipe.model.name}', and {recipe.data.name} has {len(data.train):,} training "
+            f"images; only sets of up to {SMALL_SET:,} train their own dense model. Give trained --weights."
+        )
+
+
+def _rules(recipe: Recipe, targets: list[Target]) -> Rules:
+    steps = [width_step(target.spec, precision) for target in targets for precision in recipe.export.precision]
+    return Rules(recipe.prune.round_to or max(steps, default=1), recipe.prune.min_width)
+
+
+def _widths(recipe: Recipe, graph: ChannelGraph, cost: CostModel, rules: Rules) -> dict[str, int]:
+    asked = recipe.prune
+    if asked.layer_ratios:
+        return listed_widths(graph.groups, asked.layer_ratios, rules)
+    for kind in ("macs", "params", "ratio"):
+        value = getattr(asked, kind)
+        if value is not None:
+            return uniform_widths(graph.groups, cost, Budget(kind, value), rules)
+    raise AssertionError("the recipe has a budget")
+
+
+def _sampled(images: Images, n: int | None, seed: int, what: str, *, otherwise: int) -> Images:
+    return images.sample(min(otherwise, len(images)) if n is None else n, seed=seed, what=what)
+
+
+def _reference_target() -> Target:
+    """onnxruntime on this CPU: what every exported network is compared on."""
+    return make_target(parse_target("ort-cpu"), threads=1)
+
+
+# -- the output folder -------------------------------------------------------------------------------------------------
+
+
+def _require_own_folder(out: Path, recipe: Recipe) -> None:
+    if out.exists() and not out.is_dir():
+        raise NotADirectoryError(f"{out} is a file; --out needs a folder. Give another --out.")
+    parent = next(path for path in (out, *out.absolute().parents) if path.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise PermissionError(f"{out} cannot be written: {parent} is not a writable folder. Give another --out.")
+    if not out.exists() or not any(out.iterdir()):
+        return
+    found = [path for path in (out / RECIPE_FILE, out / WORK / RECIPE_FILE) if path.is_file()]
+    if not found:
+        raise ValueError(f"{out} is not empty and holds no run of this tool. Give another --out, or empty it.")
+    if any(path.read_text(encoding="utf-8") != recipe_toml(recipe) for path in found):
+        raise ValueError(f"{out} holds the run of another recipe. Give another --out, or remove {out}.")
+
+
+def _is_finished(out: Path) -> bool:
+    return (out / "manifest.json").is_file() and (out / reports.REPORT).is_file() and not (out / WORK).exists()
+
+
+def _make_folder(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as err:
+        raise PermissionError(f"{path.parent} cannot be written ({err.strerror}). Give another --out.") from err
+
+
+def _clear(out: Path) -> None:
+    """Remove what this tool wrote there, and nothing else."""
+    for name in (*BUNDLE_FILES, reports.REPORT, *reports.PAGES, "manifest.json"):
+        (out / name).unlink(missing_ok=True)
+    for folder in (WORK, "engines"):
+        shutil.rmtree(out / folder, ignore_errors=True)
+
+
+# -- the stages --------------------------------------------------------------------------------------------------------
+
+
+def _run(ready: Prepared, out: Path, display: Display) -> reports.Report:
+    journal = Journal(out / WORK, display)
+    dense = _dense_stage(ready, journal)
+    scores = _score_stage(ready, journal, dense)
+    plan = _plan_stage(ready, journal, dense, scores)
+    cut = _cut_stage(ready, journal, dense, plan)
+    tuned = _tune_stage(ready, journal, dense, plan, cut)
+    onnx = _export_stage(ready, journal, dense, plan, tuned)
+    agreed = _agree_stage(ready, journal, onnx, plan, tuned)
+    built = _build_stage(ready, journal, onnx)
+    measured = _measure_stage(ready, journal, onnx, built)
+    stages = {
+        "dense": dense, "score": scores, "plan": plan, "cut": cut, "tune": tuned, "export": onnx, "agree": agreed,
+        "build": built, "measure": measured,
+    }  # fmt: skip
+    return _report_stage(ready, journal, out, stages)
+
+
+def _dense_stage(ready: Prepared, journal: Journal) -> StageResult:
+    """The dense weights: given, or trained on a small data set and kept in the cache; and their accuracy."""
+    recipe, data = ready.recipe, ready.data
+
+    def make(folder: Path) -> Mapping[str, Any]:
+        model, record, notes = ready.built.module, None, []
+        if ready.trains_dense:
+            cached = _cache_folder() / f"{_dense_digest(ready)}.safetensors"
+            if cached.is_file():
+                model.load_state_dict(load_file(cached))
+                notes.append(
+                    f"no weights were given: the dense model is one that an earlier run trained ({cached.name})."
+                )
+            else:
+                work = journal.work / "dense.epochs"
+                record = train(
+                    model, data, recipe.dense, seed=recipe.seed, work=work, progress=journal.display.progress
+                )
+                _make_folder(cached.parent)
+                write_atomic(cached, save(_tensors(model)))
+                shutil.rmtree(work, ignore_errors=True)
+                notes.append(
+                    f"no weights were given: the dense model was trained first, {record.epochs} epochs on "
+                    f"{len(data.train):,} images."
+                )
+        elif not data.has_accuracy and recipe.model.weights is None:
+            notes.append("the dense weights are random: structure and latency are real, accuracy does not exist.")
+        write_atomic(folder / "dense.safetensors", save(_tensors(model)))
+        return {"accuracy": _accuracy(model, ready, journal), "training": _plain(record), "notes": notes}
+
+    inputs = {
+        "model": recipe.model.name,
+        "weights": sha256_file(Path(recipe.model.weights)) if recipe.model.weights else _dense_digest(ready),
+        "test": _test_key(ready),
+    }
+    result = journal.stage("dense", inputs, make)
+    for note in result.facts["notes"]:
+        journal.display.note(note)
+    ready.built.module.load_state_dict(load_file(result.file("dense.safetensors")))
+    ready.built.module.eval()
+    return result
+
+
+def _score_stage(ready: Prepared, journal: Journal, dense: StageResult) -> StageResult:
+    """The score of every channel that may be cut."""
+    recipe = ready.recipe
+
+    def make(folder: Path) -> Mapping[str, Any]:
+        images = ready.score_images
+        batches = torch.arange(len(images)).split(recipe.score.batch)
+        scores = score_groups(
+            ready.built.module,
+            ready.graph.groups,
+            make_criterion(recipe.score.criterion),
+            (normalise(images.read(indices)) for indices in batches),
+            progress=lambda n: journal.display.progress(n / len(images), f"{n} of {len(images)} images"),
+        )
+        found = ChannelScores(scores, recipe.score.criterion, len(images), weights_digest(ready.built.module))
+        write_atomic(folder / "scores.safetensors", found.to_bytes())
+        return {"images": len(images)}
+
+    inputs = {"dense": dense.digest, "score": recipe.score.model_dump(), "data": ready.data.digest, "seed": recipe.seed}
+    return journal.stage("score", inputs, make)
+
+
+def _plan_stage(ready: Prepared, journal: Journal, dense: StageResult, scores: StageResult) -> StageResult:
+    """Which channels stay."""
+    recipe = ready.recipe
+
+    def make(folder: Path) -> Mapping[str, Any]:
+        found = ChannelScores.from_file(str(scores.file("scores.safetensors"))).scores
+        kept = {
+            group.layer: kept_channels(group, ready.widths[group.layer], found[group.layer].tolist())
+            for group in ready.graph.groups
+            if group.layer in ready.widths
+        }
+        plan = make_plan(
+            ready.built.module,
+            ready.graph.groups,
+            kept,
+            cost=ready.cost,
+            name=recipe.model.name,
+            num_classes=ready.built.num_classes,
+            input_shape=ready.example.shape[1:],
+            criterion=recipe.score.criterion,
+            round_to=ready.rules.round_to,
+            min_width=ready.rules.min_width,
+        )
+        write_atomic(folder / "plan.json", (plan.model_dump_json(by_alias=True, indent=2) + "\n").encode())
+        return {}
+
+    inputs = {
+        "scores": scores.digest,
+        "dense": dense.digest,
+        "prune": recipe.prune.model_dump(),
+        "widths": ready.widths,
+    }
+    return journal.stage("plan", inputs, make)
+
+
+def _cut_stage(ready: Prepared, journal: Journal, dense: StageResult, plan: StageResult) -> StageResult:
+    """The network right after the cut, proved to compute what the plan says."""
+
+    def make(folder: Path) -> Mapping[str, Any]:
+        replay = _read_plan(plan)
+        journal.display.progress(0.1, "cutting")
+        pruned = apply_plan(ready.built.module, replay, ready.example)
+        journal.display.progress(0.3, "proving the cut in float64")
+        gap = prove(ready.built.module, replay, ready.example, seed=ready.recipe.seed)
+        write_atomic(folder / "cut.safetensors", save(_tensors(pruned)))
+        counted = paper_flops(pruned, ready.example)
+        return {"gap": gap, "paper_flops": counted, "accuracy": _accuracy(pruned, ready, journal)}
+
+    return journal.stage("cut", {"plan": plan.digest, "dense": dense.digest, "test": _test_key(ready)}, make)
+
+
+def _tune_stage(
+    ready: Prepared, journal: Journal, dense: StageResult, plan: StageResult, cut: StageResult
+) -> StageResult:
+    """Batch-norm statistics measured again, then fine-tuning."""
+    recipe, data = ready.recipe, ready.data
+
+    def make(folder: Path) -> Mapping[str, Any]:
+        model = _pruned(ready, plan, cut.file("cut.safetensors"))
+        n = min(recipe.tune.recalibrate_images, len(data.train))
+        progress = journal.display.progress
+        recalibrate(model, data.train, n=n, batch=recipe.tune.batch, seed=recipe.seed, progress=progress)
+        recalibrated = _accuracy(model, ready, journal)
+        teacher = ready.built.module if recipe.tune.distill > 0 else None
+        work = journal.work / "tune.epochs"
+        record = train(model, data, recipe.tune, seed=recipe.seed, work=work, teacher=teacher, progress=progress)
+        tuned = _accuracy(model, ready, journal) if recipe.tune.epochs else recalibrated
+        write_atomic(folder / "model.safetensors", save(_tensors(model)))
+        return {"recalibrated": recalibrated, "accuracy": tuned, "training": _plain(record)}
+
+    inputs = {
+        "cut": cut.digest,
+        "tune": recipe.tune.model_dump(),
+        "data": data.digest,
+        "test": _test_key(ready),
+        "seed": recipe.seed,
+    }
+    result = journal.stage("tune", inputs, make)
+    shutil.rmtree(journal.work / "tune.epochs", ignore_errors=True)
+    return result
+
+
+def _export_stage(
+    ready: Prepared, journal: Journal, dense: StageResult, plan: StageResult, tuned: StageResult
+) -> StageResult:
+    """Both networks as ONNX, and golden inputs with torch's outputs."""
+
+    def make(folder: Path) -> Mapping[str, Any]:
+        dynamic = ready.recipe.export.dynamic_batch
+        pruned = _pruned(ready, plan, tuned.file("model.safetensors"))
+        journal.display.progress(0.1, "pruned network")
+        info: OnnxInfo = export_onnx(pruned, ready.example, folder / "model.onnx", dynamic_batch=dynamic)
+        journal.display.progress(0.5, "dense network")
+        control = export_onnx(ready.built.module, ready.example, folder / "dense.onnx", dynamic_batch=dynamic)
+        golden = normalise(ready.test.read(torch.arange(min(GOLDEN_IMAGES, len(ready.test)))))
+        with torch.no_grad():
+            outputs = torch.cat([pruned(image) for image in golden.split(1)])
+        with (folder / "golden.npz").open("wb") as file:
+            np.savez(file, input=golden.numpy(), output=outputs.numpy())
+        return {"onnx_bytes": info.bytes, "dense_onnx_bytes": control.bytes, "opset": info.opset, "ir": info.ir_version}
+
+    inputs = {
+        "tuned": tuned.digest,
+        "dense": dense.digest,
+        "export": ready.recipe.export.model_dump(),
+        "test": _test_key(ready),
+    }
+    return journal.stage("export", inputs, make)
+
+
+def _agree_stage(
+    ready: Prepared, journal: Journal, onnx: StageResult, plan: StageResult, tuned: StageResult
+) -> StageResult:
+    """The ONNX file against torch, on the images that accuracy is measured on."""
+
+    def make(folder: Path) -> Mapping[str, Any]:
+        pruned = _pruned(ready, plan, tuned.file("model.safetensors"))
+        journal.display.progress(0.0, "torch")
+        reference = predict(pruned, ready.test, progress=None).numpy()
+        with contextlib.closing(_reference_target().open_onnx(onnx.file("model.onnx"))) as session:
+            outputs = _outputs(session, ready.test, journal.display.progress)
+        agreement = compare_outputs(reference, outputs)
+        require_agreement(agreement, what="model.onnx")
+        return {"agreement": agreement.model_dump(), "accuracy": _top1(outputs, ready)}
+
+    return journal.stage("agree", {"onnx": onnx.digest, "test": _test_key(ready)}, make)
+
+
+def _build_stage(ready: Prepared, journal: Journal, onnx: StageResult) -> StageResult:
+    """One engine file and sidecar for each target and precision."""
+
+    def make(folder: Path) -> Mapping[str, Any]:
+        wanted = _engines(ready)
+        for count, (target, precision) in enumerate(wanted):
+            journal.display.progress(count / len(wanted), f"{target.spec} {precision}")
+            path = engine_path(folder, target.spec, precision)
+            target.build(onnx.file("model.onnx"), path, precision=precision)
+        return {}
+
+    inputs = {"onnx": onnx.digest, "targets": ready.recipe.targets, "precision": ready.recipe.export.precision,
+              "threads": ready.recipe.measure.threads, "versions": _versions()}  # fmt: skip
+    return journal.stage("build", inputs, make)
+
+
+def _measure_stage(ready: Prepared, journal: Journal, onnx: StageResult, built: StageResult) -> StageResult:
+    """Every engine that this machine can run, in turns with the dense network; the others with the reason why not."""
+    recipe = ready.recipe
+    asked = recipe.measure.model_dump() | {"seed": recipe.seed}
+
+    def make(folder: Path) -> Mapping[str, Any]:
+        golden = read_golden(onnx.folder)
+        rows = []
+        for target, precision in _engines(ready):
+            path = engine_path(built.folder, target.spec, precision)
+            engine = read_engine(path)
+            reason = target.cannot_run(engine)
+            if reason:
+                rows.append(unmeasured_row(engine, f"built, not measured on this machine: {reason}"))
+                continue
+            rows.append(
+                measured_row(
+                    target,
+                    path,
+                    onnx.file("dense.onnx"),
+                    golden,
+                    LatencyProtocol.model_validate(asked),
+                    journal.display.progress,
+                    laps_file=folder / laps_path(path).name,
+                    judge=lambda session: _top1(_outputs(session, ready.test, journal.display.progress), ready),
+                )
+            )
+        return {"engines": [row.model_dump(mode="json") for row in rows]}
+
+    inputs = {"built": built.digest, "onnx": onnx.digest, "measure": asked, "test": _test_key(ready)}
+    return journal.stage("measure", inputs, make)
+
+
+def _report_stage(ready: Prepared, journal: Journal, out: Path, stages: Mapping[str, StageResult]) -> reports.Report:
+    """The bundle put together: files into place, report, manifest; the work folder goes last."""
+    journal.display.stage("report")
+    _place(out, stages)
+    report = _report(ready, journal, stages)
+    reports.write_report(report, out)
+    plan = _read_plan(stages["plan"])
+    lineage = {
+        "dense_weights_sha256": plan.weights_sha256,
+        "data_sha256": ready.data.digest,
+        "recipe_sha256": recipe_digest(ready.recipe),
+        "plan_sha256": sha256_file(out / "plan.json"),
+        "onnx_sha256": sha256_file(out / "model.onnx"),
+    }
+    write_manifest(out, versions=_versions(), lineage=lineage)
+    shutil.rmtree(out / WORK)
+    journal.display.done()
+    return report
+
+
+def _place(out: Path, stages: Mapping[str, StageResult]) -> None:
+    sources = {
+        RECIPE_FILE: out / WORK / RECIPE_FILE,
+        "plan.json": stages["plan"].file("plan.json"),
+        "scores.safetensors": stages["score"].file("scores.safetensors"),
+        "model.safetensors": stages["tune"].file("model.safetensors"),
+        **{name: stages["export"].file(name) for name in ("model.onnx", "dense.onnx", "golden.npz")},
+    }
+    for name, source in sources.items():
+        _copy_atomically(source, out / name)
+    shutil.rmtree(out / "engines", ignore_errors=True)
+    (out / "engines").mkdir()
+    engines = sorted(stages["build"].file("engines").iterdir())
+    laps = sorted(stages["measure"].folder.glob("*.latency.json"))
+    for path in (*engines, *laps):
+        _copy_atomically(path, out / "engines" / path.name)
+
+
+def _copy_atomically(source: Path, target: Path) -> None:
+    with writing_atomically(target) as unfinished:
+        shutil.copyfile(source, unfinished)
+
+
+# -- the report --------------------------------------------------------------------------------------------------------
+
+
+def _report(ready: Prepared, journal: Journal, stages: Mapping[str, StageResult]) -> reports.Report:
+    recipe, plan = ready.recipe, _read_plan(stages["plan"])
+    facts = {name: stage.facts for name, stage in stages.items()}
+    accuracies = {
+        "dense": facts["dense"]["accuracy"],
+        "pruned": facts["cut"]["accuracy"],
+        "recalibrated": facts["tune"]["recalibrated"],
+        "tuned": facts["tune"]["accuracy"],
+        "onnx": facts["agree"]["accuracy"],
+    }
+    return reports.Report(
+        title=f"{recipe.model.name} on {recipe.data.name}",
+        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        model=recipe.model.name,
+        data=recipe.data.name,
+        criterion=recipe.score.criterion,
+        budget=_budget_sentence(recipe, ready.rules),
+        input_shape=plan.input_shape,
+        classes=ready.built.num_classes,
+        accuracy=reports.Accuracy(n=len(ready.test) if ready.data.has_accuracy else 0, **accuracies),
+        cost=reports.Cost(
+            dense=reports.NetworkCost(
+                macs=plan.macs_before, params=plan.params_before, onnx_bytes=facts["export"]["dense_onnx_bytes"]
+            ),
+            pruned=reports.NetworkCost(
+                macs=plan.macs_after, params=plan.params_after, onnx_bytes=facts["export"]["onnx_bytes"]
+            ),
+        ),
+        agreement=Agreement.model_validate(facts["agree"]["agreement"]),
+        engines=[reports.EngineRow.model_validate(row) for row in facts["measure"]["engines"]],
+        groups=_group_reports(ready, stages, plan),
+        score_images=facts["score"]["images"],
+        dense_training=_curve(facts["dense"]["training"]),
+        tuning=_curve(facts["tune"]["training"]),
+        stages_s=journal.seconds,
+        machine=read_machine(),
+        versions=_versions(),
+        recipe=recipe.model_dump(mode="json"),
+        notes=_notes(ready, facts, plan),
+    )
+
+
+def _group_reports(ready: Prepared, stages: Mapping[str, StageResult], plan: PrunePlan) -> list[reports.GroupReport]:
+    scores = ChannelScores.from_file(str(stages["score"].file("scores.safetensors"))).scores
+    found = []
+    for cut in plan.groups:
+        place = {channel: n for n, channel in enumerate(cut.channels or range(cut.width_before))}
+        found.append(
+            reports.GroupReport(
+                layer=cut.layer,
+                coupled=cut.coupled,
+                width_before=cut.width_before,
+                width_after=cut.width_after,
+                scores=scores[cut.layer].tolist(),
+                kept=[place[channel] for channel in cut.kept],
+            )
+        )
+    return found
+
+
+def _notes(ready: Prepared, facts: Mapping[str, Mapping[str, Any]], plan: PrunePlan) -> list[str]:
+    flops = facts["cut"]["paper_flops"]
+    protected = [f"{group.layer} ({group.protected})" for group in ready.graph.groups if group.protected]
+    return [
+        *facts["dense"]["notes"],
+        (
+            f"the cut was proved in float64: largest relative gap to the dense network with the same channels silenced "
+            f"{facts['cut']['gap']:.1e}."
+        ),
+        (
+            f"MACs fall by {1 - plan.macs_after / plan.macs_before:.2%}; counted as CHIP's authors print FLOPs (batch "
+            f"norms and convolution biases on the pruned side only), by {1 - flops / plan.macs_before:.2%}."
+        ),
+        f"kept widths are multiples of {plan.round_to} where the dense width allows it, never below {plan.min_width}.",
+        *([f"left as they are: {'; '.join(protected)}."] if protected else []),
+        *((facts["tune"]["training"] or {}).get("notes") or []),
+    ]
+
+
+def _budget_sentence(recipe: Recipe, rules: Rules) -> str:
+    asked = recipe.prune
+    rounding = f"widths rounded to {rules.round_to}, no group below {rules.min_width}"
+    if asked.macs is not None:
+        return f"keep at most {asked.macs:.0%} of the MACs; {rounding}"
+    if asked.params is not None:
+        return f"keep at most {asked.params:.0%} of the parameters; {rounding}"
+    if asked.ratio is not None:
+        return f"remove {asked.ratio:.0%} of the channels of every group; {rounding}"
+    return f"ratios given for {len(asked.layer_ratios)} layers; {rounding}"
+
+
+def _curve(record: Mapping[str, Any] | None) -> reports.TrainCurve | None:
+    if not record or not record["epochs"]:
+        return None
+    return reports.TrainCurve(**{name: record[name] for name in ("epochs", "seconds", "loss", "lr")})
+
+
+# -- small things ------------------------------------------------------------------------------------------------------
+
+
+def _engines(ready: Prepared) -> list[tuple[Target, str]]:
+    return [(target, precision) for target in ready.targets for precision in ready.recipe.export.precision]
+
+
+def _read_plan(plan: StageResult) -> PrunePlan:
+    return PrunePlan.model_validate_json(plan.file("plan.json").read_text(encoding="utf-8"))
+
+
+def _pruned(ready: Prepared, plan: StageResult, weights: Path) -> nn.Module:
+    model = apply_plan(_build(ready.recipe, ready.data).module, _read_plan(plan), ready.example, weights=False)
+    model.load_state_dict(load_file(weights))
+    return model.eval()
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict with every tensor in memory of its own, as safetensors wants it."""
+    return {name: tensor.detach().cpu().clone().contiguous() for name, tensor in model.state_dict().items()}
+
+
+def _accuracy(model: nn.Module, ready: Prepared, journal: Journal) -> float | None:
+    if not ready.data.has_accuracy:
+        return None
+    return evaluate(model, ready.test, progress=journal.display.progress).top1
+
+
+def _top1(outputs: np.ndarray, ready: Prepared) -> float | None:
+    if not ready.data.has_accuracy:
+        return None
+    return float((outputs.argmax(1) == ready.test.labels.numpy()).mean())
+
+
+def _outputs(session: Session, images: Images, progress: Progress) -> np.ndarray:
+    """The session's outputs for every image, decoded as they are needed."""
+    rows = []
+    for indices in torch.arange(len(images)).split(32):
+        rows.append(run_in_batches(session, normalise(images.read(indices)).numpy()))
+        progress((int(indices[-1]) + 1) / len(images), "accuracy")
+    return np.concatenate(rows)
+
+
+def _test_key(ready: Prepared) -> str:
+    return digest_of(ready.data.digest, ready.recipe.data.eval_images, ready.recipe.seed)
+
+
+def _dense_digest(ready: Prepared) -> str:
+    """What the trained dense model depends on; names its file in the cache."""
+    recipe = ready.recipe
+    settings = recipe.dense.model_dump() if ready.data.has_accuracy else None
+    return digest_of(
+        recipe.model.name, ready.built.num_classes, ready.data.digest, settings, recipe.seed, metadata.version("torch")
+    )[:32]
+
+
+def _cache_folder() -> Path:
+    base = os.environ.get("CHIP_DEPLOY_CACHE_DIR")
+    if base:
+        return Path(base) / "dense"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "chip-deploy" / "dense"
+
+
+def _plain(record: TrainRecord | None) -> dict[str, Any] | None:
+    return None if record is None else record.model_dump()
+
+
+def _versions() -> dict[str, str]:
+    found = {"chip-deploy": __version__}
+    for package in PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[package] = metadata.version(package)
+    return found
