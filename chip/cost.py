@@ -66,18 +66,24 @@ class CostModel:
         self._params = sum(p.numel() for p in model.parameters())
         self.dense = self.after({})
 
+    def layer_macs(self, removed: Removed) -> dict[str, float]:
+        """The multiply-accumulates of every convolution and linear once these positions are gone."""
+        return {
+            name: matrix.weights(removed.get((name, "out"), 0), removed.get((name, "in"), 0)) * matrix.positions
+            for name, matrix in self._matrices.items()
+        }
+
     def after(self, removed: Removed) -> Cost:
         """The cost once these positions are gone. Fractions are allowed and rounded at the end."""
-        macs, params = 0.0, float(self._params)
+        params = float(self._params)
         for name, matrix in self._matrices.items():
             rows, columns = removed.get((name, "out"), 0), removed.get((name, "in"), 0)
             weights = matrix.weights(rows, columns)
-            macs += weights * matrix.positions
             params -= matrix.weights(0, 0) - weights + (rows if matrix.bias else 0)
         for (name, side), count in removed.items():
             if side == "out" and name in self._per_channel:
                 params -= self._per_channel[name] * count
-        return Cost(round(macs), round(params))
+        return Cost(round(sum(self.layer_macs(removed).values())), round(params))
 
 
 def removed_at(groups: Sequence[ChannelGroup], widths: Mapping[str, int]) -> dict[Side, float]:

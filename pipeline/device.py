@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -31,7 +32,7 @@ def rebuild(bundle: Path, target: str) -> Engine:
     Raises: IntegrityError when the bundle is not as its manifest says; TargetUnavailable; BuildFailed.
     """
     manifest = verify_bundle(bundle)
-    made = make_target(parse_target(target), threads=_threads(bundle))
+    made = make_target(parse_target(target), threads=_threads(read_report(bundle)))
     path = engine_path(bundle, made.spec, PRECISION)
     engine = made.build(bundle / "model.onnx", path, precision=PRECISION)
     laps_path(path).unlink(missing_ok=True)
@@ -57,13 +58,13 @@ def remeasure(bundle: Path, target: str | None, display: Display) -> list[Engine
         )
     rows, reasons = [], []
     for row in wanted:
-        made = make_target(parse_target(row.target), threads=_threads(bundle))
+        made = make_target(parse_target(row.target), threads=_threads(report))
         reason = made.cannot_run(read_engine(bundle / row.file))
         if reason:
             reasons.append(f"{row.file}: {reason}")
             continue
         display.stage(f"measure {row.target}")
-        protocol = row.protocol or LatencyProtocol(threads=_threads(bundle))
+        protocol = row.protocol or LatencyProtocol.model_validate(_measure(report))
         engine, golden = bundle / row.file, read_golden(bundle)
         laps = laps_path(engine)
         rows.append(
@@ -139,9 +140,13 @@ def measured_row(
     return EngineRow.model_validate(dict(unmeasured_row(engine, comparison.reason)) | numbers)
 
 
-def _threads(bundle: Path) -> int:
-    measure = read_report(bundle).recipe.get("measure", {})
-    return int(measure.get("threads", 1)) if isinstance(measure, dict) else 1
+def _measure(report: Report) -> dict[str, Any]:
+    """How the recipe wants measurements made."""
+    return {**report.recipe["measure"], "seed": report.recipe["seed"]}
+
+
+def _threads(report: Report) -> int:
+    return int(report.recipe["measure"]["threads"])
 
 
 def _replace_rows(bundle: Path, rows: list[EngineRow]) -> Report:

@@ -58,6 +58,8 @@ class RichDisplay:
     def stage(self, name: str) -> None:
         """Begins a bar for `name`; it swings until the first progress is known."""
         self._end_stage()
+        self._bars.stop()
+        self._bars.live.auto_refresh = not name.startswith("measure")  # a thread that redraws would cost laps time
         self._bars.start()
         self._running = (name, self._bars.add_task(name, total=None, text=""), time.monotonic())
 
@@ -65,6 +67,8 @@ class RichDisplay:
         """Moves the bar of the running stage."""
         if self._running:
             self._bars.update(self._running[1], total=1.0, completed=min(max(fraction, 0.0), 1.0), text=text)
+            if not self._bars.live.auto_refresh:
+                self._bars.refresh()
 
     def note(self, text: str) -> None:
         """Prints a sentence above the bar, wrapped at the width of the terminal."""

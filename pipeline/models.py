@@ -102,7 +102,7 @@ class CifarVgg(nn.Module):
     """VGG-16 with batch norm for 32x32 images, as the pruning papers cut it: 13 convolutions, a head of two linears.
 
     Shapes: (B, 3, H, W) -> (B, K).
-    Source (code): the layer widths of CHIP's vgg_16_bn; papers.md 1.6 and 1.7 in counts.
+    Source (code): the layer widths of CHIP's vgg_16_bn; its published counts come out.
     """
 
     _WIDTHS = (64, 64, 0, 128, 128, 0, 256, 256, 256, 0, 512, 512, 512, 0, 512, 512, 512)  # 0 halves the resolution

@@ -150,7 +150,8 @@ class DenseSection(TrainSettings):
     """How the dense network is trained first, where a small data set comes without weights."""
 
     epochs: int = Field(default=8, ge=0)
-    lr: float = Field(default=0.05, gt=0)
+    lr: float = Field(default=0.02, gt=0)
+    batch: int = Field(default=64, ge=1)
 
     @field_validator("distill")
     @classmethod

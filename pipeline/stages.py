@@ -64,12 +64,17 @@ Progress = Callable[[float, str], None]
 
 @dataclass(frozen=True)
 class CutRow:
-    """One channel group of a preview: widths before and after, and how many layers are coupled with its root."""
+    """One channel group of a preview: widths before and after, and how many layers are coupled with its root.
+
+    macs_before, macs_after: of the convolutions and linears that produce the group's channels.
+    """
 
     layer: str
     coupled: int
     before: int
     after: int
+    macs_before: int
+    macs_after: int
 
 
 @dataclass(frozen=True)
@@ -138,9 +143,17 @@ def prune(recipe: Recipe, out: Path, *, resume: bool, display: Display) -> repor
 def dry_run(recipe: Recipe, display: Display) -> CutPreview:
     """What the recipe would cut, from the network's structure alone; writes nothing, trains nothing."""
     ready = _prepare(recipe, display)
-    after = ready.cost.after(removed_at(ready.graph.groups, ready.widths))
+    removed = removed_at(ready.graph.groups, ready.widths)
+    after = ready.cost.after(removed)
+    macs = [ready.cost.layer_macs(gone) for gone in ({}, removed)]
     rows = [
-        CutRow(group.layer, len(group.coupled), group.width, ready.widths[group.layer])
+        CutRow(
+            group.layer,
+            len(group.coupled),
+            group.width,
+            ready.widths[group.layer],
+            *(round(sum(of.get(layer, 0) for layer in (group.layer, *group.coupled))) for of in macs),
+        )
         for group in ready.graph.groups
         if group.layer in ready.widths
     ]
@@ -336,7 +349,7 @@ def _dense_stage(ready: Prepared, journal: Journal) -> StageResult:
                 shutil.rmtree(work, ignore_errors=True)
                 notes.append(
                     f"no weights were given: the dense model was trained first, {record.epochs} epochs on "
-                    f"{len(data.train):,} images."
+                    f"{min(len(data.train), recipe.dense.max_images or len(data.train)):,} images."
                 )
         elif not data.has_accuracy and recipe.model.weights is None:
             notes.append("the dense weights are random: structure and latency are real, accuracy does not exist.")

@@ -26,16 +26,17 @@ def plain_table(first: str, *numbers: str, last: str | None = None) -> Table:
 
 
 def preview_table(preview: CutPreview) -> Table:
-    """What would be cut: the width of every group before and after, then MACs and parameters."""
-    table = plain_table("layer", "coupled", "before", "after")
+    """What would be cut: the width and the MACs of every group before and after, then all MACs and parameters."""
+    table = plain_table("layer", "coupled", "width", "MACs before", "after")
     for row in preview.rows:
-        table.add_row(Text(row.layer), str(row.coupled), str(row.before), str(row.after))
+        width = f"{row.before} -> {row.after}" if row.after != row.before else str(row.before)
+        table.add_row(Text(row.layer), str(row.coupled), width, f"{row.macs_before:,}", f"{row.macs_after:,}")
     table.add_section()
     for name, before, after in (
         ("MACs", preview.macs_before, preview.macs_after),
         ("parameters", preview.params_before, preview.params_after),
     ):
-        table.add_row(name, "", f"{before:,}", f"{after:,} ({after / before:.1%})")
+        table.add_row(name, "", f"{after / before:.1%}", f"{before:,}", f"{after:,}")
     return table
 
 

@@ -118,7 +118,7 @@ def recalibrate(
         norm.momentum = momentum
 
 
-def predict(model: nn.Module, images: Images, *, batch: int = 128, progress: Progress | None = None) -> Tensor:
+def predict(model: nn.Module, images: Images, *, batch: int = 64, progress: Progress | None = None) -> Tensor:
     """The class scores of every image, in order, in float32 without TF32.
 
     Shapes: -> (N, K) on the CPU.
@@ -135,7 +135,7 @@ def predict(model: nn.Module, images: Images, *, batch: int = 128, progress: Pro
     return torch.cat(scores)
 
 
-def evaluate(model: nn.Module, images: Images, *, batch: int = 128, progress: Progress | None = None) -> Accuracy:
+def evaluate(model: nn.Module, images: Images, *, batch: int = 64, progress: Progress | None = None) -> Accuracy:
     """Top-1 accuracy on all of the images.
 
     Raises: ValueError where there are no images, or the labels go beyond the model's outputs.

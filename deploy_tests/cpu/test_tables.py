@@ -37,11 +37,11 @@ def engine_row(verdict: str, reason: str) -> EngineRow:
 
 
 def test_a_preview_shows_each_group_and_what_remains() -> None:
-    preview = CutPreview([CutRow("layer1.0.conv1", 3, 64, 48)], 2_000_000, 1_000_000, 400, 100)
+    preview = CutPreview([CutRow("layer1.0.conv1", 3, 64, 48, 6000, 4500)], 2_000_000, 1_000_000, 400, 100)
     lines = shown(preview_table(preview))
-    assert ["layer1.0.conv1", "3", "64", "48"] in lines
-    assert ["MACs", "2,000,000", "1,000,000", "(50.0%)"] in lines
-    assert ["parameters", "400", "100", "(25.0%)"] in lines
+    assert ["layer1.0.conv1", "3", "64", "->", "48", "6,000", "4,500"] in lines
+    assert ["MACs", "50.0%", "2,000,000", "1,000,000"] in lines
+    assert ["parameters", "25.0%", "400", "100"] in lines
 
 
 def test_a_measured_engine_is_shown_beside_the_dense_network() -> None:
@@ -56,5 +56,5 @@ def test_any_other_verdict_than_faster_says_why(verdict: str) -> None:
 
 
 def test_names_are_no_markup() -> None:
-    preview = CutPreview([CutRow("[bold]conv", 1, 2, 1)], 2, 1, 2, 1)
-    assert ["[bold]conv", "1", "2", "1"] in shown(preview_table(preview))
+    preview = CutPreview([CutRow("[bold]conv", 1, 2, 1, 20, 10)], 2, 1, 2, 1)
+    assert ["[bold]conv", "1", "2", "->", "1", "20", "10"] in shown(preview_table(preview))

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,15 @@ from chip_deploy.pipeline.tune import (
     recalibrate,
     train,
 )
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Where other programs share the cores, threads that wait for each other take many times as long as one alone."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def _images(n: int, *, size: int = 8, seed: int = 0) -> PixelImages:
@@ -404,6 +414,7 @@ def test_ctrl_c_interrupts_training_and_still_works_afterwards(tmp_path: Path) -
     assert _same(model, uninterrupted)
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_digits_are_learnt_with_the_default_settings(tmp_path: Path) -> None:
     data = open_data("digits", size=32, seed=0)
     built = build_model("resnet18", num_classes=10, seed=0, size=32)
