@@ -277,8 +277,10 @@ def _require_own_folder(out: Path, recipe: Recipe) -> None:
     parent = next(path for path in (out, *out.absolute().parents) if path.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise PermissionError(f"{out} cannot be written: {parent} is not a writable folder. Give another --out.")
-    if not out.exists() or not any(out.iterdir()):
-        return
+    if not out.exists() or (
+        {path.name for path in out.iterdir()} <= {WORK} and not (out / WORK / RECIPE_FILE).exists()
+    ):
+        return  # new, empty, or killed before it began
     found = [path for path in (out / RECIPE_FILE, out / WORK / RECIPE_FILE) if path.is_file()]
     if not found:
         raise ValueError(f"{out} is not empty and holds no run of this tool. Give another --out, or empty it.")

@@ -141,6 +141,18 @@ def test_another_recipe_does_not_touch_a_finished_run(finished, capsys):
     assert sorted(path.read_bytes() for path in finished.rglob("*") if path.is_file()) == before
 
 
+def test_a_run_killed_before_it_wrote_its_recipe_can_be_resumed(tmp_path):
+    from chip_deploy.pipeline.recipe import load_recipe
+    from chip_deploy.pipeline.stages import _require_own_folder
+
+    recipe = load_recipe(None, {"model.name": "resnet20", "data.name": "digits", "prune.macs": 0.5})
+    (tmp_path / ".work").mkdir()
+    _require_own_folder(tmp_path, recipe)
+    (tmp_path / "mine").touch()
+    with pytest.raises(ValueError, match="not empty"):
+        _require_own_folder(tmp_path, recipe)
+
+
 def test_a_changed_file_is_found(finished, tmp_path, capsys):
     copy = tmp_path / "copy"
     shutil.copytree(finished, copy)
