@@ -52,15 +52,22 @@ def listed_widths(groups: Sequence[ChannelGroup], ratios: Mapping[str, float], r
     Raises: ValueError for a layer that is unknown or protected, or two ratios for one group, or when nothing is cut.
     """
     ladders = _ladders(groups, rules)
-    names = {member.layer: group for group in groups for member in group.members if member.side == "out"}
+    names: dict[str, list[ChannelGroup]] = {}
+    for group in groups:
+        for layer in dict.fromkeys(member.layer for member in group.members if member.side == "out"):
+            names.setdefault(layer, []).append(group)
     widths = {layer: ladder[0] for layer, ladder in ladders.items()}
     given: dict[str, str] = {}
     for layer, ratio in ratios.items():
-        group = names.get(layer)
-        if group is None:
+        found = names.get(layer, [])
+        if not found:
             near = difflib.get_close_matches(layer, names, 1)
             hint = f" Did you mean '{near[0]}'?" if near else ""
             raise ValueError(f"prune.layer_ratios: this network has no layer '{layer}' to cut.{hint}")
+        if len(found) > 1:
+            parts = ", ".join(f"'{group.layer}'" for group in found)
+            raise ValueError(f"prune.layer_ratios: the channels of '{layer}' belong to several groups: name {parts}.")
+        group = found[0]
         if group.protected:
             raise ValueError(f"prune.layer_ratios: '{layer}' cannot be cut: {group.protected}.")
         if given.setdefault(group.layer, layer) != layer:

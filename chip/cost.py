@@ -129,8 +129,9 @@ def _positions(model: nn.Module, example: Tensor) -> dict[str, int]:
     counted: dict[str, int] = {}
 
     def counter(name: str, module: nn.Module):  # noqa: ANN202 (a hook)
-        def count(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            spread = inputs[0] if getattr(module, "transposed", False) else output
+        def count(_: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor], output: Tensor) -> None:
+            source = inputs[0] if inputs else next(iter(named.values()))
+            spread = source if getattr(module, "transposed", False) else output
             channels = spread.shape[-1] if isinstance(module, nn.Linear) else spread.shape[1]
             counted[name] = counted.get(name, 0) + spread.numel() // (spread.shape[0] * channels)
 
@@ -138,7 +139,7 @@ def _positions(model: nn.Module, example: Tensor) -> dict[str, int]:
 
     counting = (*MATRIX_LAYERS, nn.modules.batchnorm._BatchNorm)
     hooks = [
-        module.register_forward_hook(counter(name, module))
+        module.register_forward_hook(counter(name, module), with_kwargs=True)
         for name, module in model.named_modules()
         if isinstance(module, counting)
     ]

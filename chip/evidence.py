@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from .criterion import Criterion
-from .groups import MATRIX_LAYERS, ChannelGroup, Member
+from .groups import MATRIX_LAYERS, CannotCut, ChannelGroup, Member
 from .shortcut import ChannelMap
 
 # Shape letters: B images, C channels, P values of one channel in one image, H W pixels.
@@ -38,9 +38,15 @@ class _Sink:
     seen: list["_Seen"] = field(default_factory=list)
 
     def read(self, group: ChannelGroup, member: Member, x: Tensor, module: nn.Module) -> None:
+        """Score what a consumer is about to read. Raises: CannotCut when the graph has its channels wrong."""
         pooled_from = getattr(x, _ORIGIN, None)
         tensor = x if pooled_from is None else pooled_from
         channels_last = isinstance(module, nn.Linear) and (pooled_from is None or tensor.ndim != 4)
+        if max(member.positions) >= x.shape[-1 if isinstance(module, nn.Linear) else 1]:
+            raise CannotCut(
+                f"'{member.layer}' reads fewer channels of '{group.layer}' than the dependency graph says; this "
+                "network cannot be cut."
+            )
         maps_BCP, covered = _maps(tensor, member, channels_last=channels_last, spread=pooled_from is None)
         if self._counted_already(group, member, tensor):
             return
@@ -152,16 +158,17 @@ def _hooked(model: nn.Module, sink: _Sink) -> Iterator[None]:
         for member in _readers(model, group):
             readers.setdefault(member.layer, []).append((group, member))
 
-    def reader(entries: list[tuple[ChannelGroup, Member]]) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def read(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    def reader(entries: list[tuple[ChannelGroup, Member]]) -> Callable[..., None]:
+        def read(module: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
+            x = inputs[0] if inputs else next(iter(named.values()))
             for group, member in entries:
-                sink.read(group, member, inputs[0], module)
+                sink.read(group, member, x, module)
 
         return read
 
     with ExitStack() as stack:
         for layer, entries in readers.items():
-            handle = model.get_submodule(layer).register_forward_pre_hook(reader(entries))
+            handle = model.get_submodule(layer).register_forward_pre_hook(reader(entries), with_kwargs=True)
             stack.callback(handle.remove)
         yield
 

@@ -162,13 +162,17 @@ class ChannelGraph:
             if (count := _position_groups(self._thing(member.layer), member.side)) > 1
         ]
         atoms, broken = _atoms(channels, blocks, self._thing)
+        if len({len(atom) for atom in atoms}) > 1:
+            broken = "its grouped layers do not split it evenly"
+        if len(channels) != _out_width(self.model.get_submodule(name)):
+            broken = f"only a part of '{name}' belongs to it, the rest to another group"
         return ChannelGroup(name, tuple(channels), members, atoms, reason or broken)
 
     def _members(self, group: Group) -> Iterator[Member]:
         for item in group.items:
             target = item.dep.target.module
-            if id(target) not in self._names:
-                continue
+            if id(target) not in self._names or (isinstance(target, nn.PReLU) and target.num_parameters == 1):
+                continue  # an operation, or one slope for all channels: nothing of it goes
             separate = isinstance(target, (*MATRIX_LAYERS, ChannelMap)) and not _depthwise(target)
             reads = separate and self._graph.is_in_channel_pruning_fn(item.dep.handler)
             roots = item.root_idxs  # pyright: ignore[reportAttributeAccessIssue] (set on the instance by torch-pruning)

@@ -46,9 +46,11 @@ class StageResult:
 class Journal:
     """Runs stages one after the other in a work folder."""
 
-    def __init__(self, work: Path, display: Display) -> None:
+    def __init__(self, work: Path, display: Display, *, versions: Mapping[str, str]) -> None:
+        """versions: of everything that computes; results of other versions are not used again."""
         self.work = work
         self.display = display
+        self.versions = dict(versions)
         self.seconds: dict[str, float] = {}
 
     def stage(self, name: str, inputs: Mapping[str, Any], make: Callable[[Path], Mapping[str, Any]]) -> StageResult:
@@ -56,7 +58,7 @@ class Journal:
 
         `make` writes its files into the folder it is given and returns plain facts; both become visible in one rename.
         """
-        folder, key = self.work / name, digest_of(dict(inputs))
+        folder, key = self.work / name, digest_of(dict(inputs), self.versions)
         self.display.stage(name)
         done = _finished(folder, key)
         if done is None:

@@ -205,6 +205,8 @@ class Recipe(_Section):
     @field_validator("targets")
     @classmethod
     def _known_targets(cls, targets: tuple[str, ...]) -> tuple[str, ...]:
+        if not targets:
+            raise ValueError("no target is left. Name at least one, for example ort-cpu")
         return tuple(dict.fromkeys(str(parse_target(text)) for text in targets))
 
 

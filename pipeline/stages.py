@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
@@ -28,9 +30,10 @@ from ..chip.plan import PrunePlan, make_plan, weights_digest
 from ..chip.scores import ChannelScores
 from ..chip.surgery import SurgeryRefused, apply_plan, prove
 from ..export.agree import Agreement, compare_outputs, require_agreement
-from ..export.bundle import WORK, sha256_file, write_atomic, write_manifest, writing_atomically
+from ..export.bundle import WORK, sha256_file, verify_bundle, write_atomic, write_manifest, writing_atomically
+from ..export.errors import IntegrityError, TargetUnavailable
 from ..export.golden import read_golden, run_in_batches
-from ..export.machine import read_machine
+from ..export.machine import fingerprint, read_machine
 from ..export.measure import LatencyProtocol, laps_path
 from ..export.onnx_export import OnnxInfo, export_onnx
 from ..export.target import Session, Target, engine_path, parse_target, read_engine, require_usable, width_step
@@ -40,13 +43,14 @@ from .data import DataSet, Images, default_size, normalise, open_data
 from .device import measured_row, unmeasured_row
 from .display import Display
 from .journal import Journal, StageResult, digest_of
-from .models import BuiltModel, build_model, load_weights
+from .models import BuiltModel, build_model, import_object, load_weights
 from .recipe import Recipe, recipe_digest, recipe_toml
 from .tune import TrainRecord, evaluate, predict, recalibrate, train
 
 SCORE_IMAGES = 256  # where the recipe names no number: rank correlation with other images 0.985 (mean over layers)
 SMALL_SET = 20_000  # a data set with at most so many training images may train its own dense model
 GOLDEN_IMAGES = 8
+ALARM = 0.02  # a loss of accuracy above two points is said aloud
 RECIPE_FILE = "recipe.toml"
 BUNDLE_FILES = (
     RECIPE_FILE,
@@ -57,9 +61,17 @@ BUNDLE_FILES = (
     "dense.onnx",
     "golden.npz",
 )
-PACKAGES = ("torch", "torchvision", "torch-pruning", "lightning", "onnx", "onnxscript", "numpy")
+PACKAGES = (
+    "torch", "torchvision", "torch-pruning", "lightning", "onnx", "onnxscript", "numpy", "onnxruntime",
+    "onnxruntime-gpu", "tensorrt", "tensorrt-rtx", "safetensors", "pillow", "scikit-learn", "timm",
+)  # fmt: skip
 
 Progress = Callable[[float, str], None]
+
+try:
+    import fcntl
+except ImportError:  # Windows has no advisory locks of this kind; two runs in one folder are not kept apart there
+    fcntl = None
 
 
 @dataclass(frozen=True)
@@ -103,6 +115,8 @@ class Prepared:
     widths: dict[str, int]
     score_images: Images
     test: Images
+    network: str
+    """Digest of the dense network as it is before any weights are loaded, and of the user's code behind it."""
 
     @property
     def trains_dense(self) -> bool:
@@ -121,23 +135,26 @@ def prune(recipe: Recipe, out: Path, *, resume: bool, display: Display) -> repor
     TargetUnavailable; CannotCut and SurgeryRefused when the network cannot be cut rightly; other ExportErrors.
     """
     _require_own_folder(out, recipe)
-    if resume and _is_finished(out):
+    ready = _prepare(recipe, display)
+    if resume and _is_finished(out, ready):
+        shutil.rmtree(out / WORK, ignore_errors=True)
         display.note(f"{out} holds the finished run of this recipe; nothing is left to do.")
         return reports.read_report(out)
-    ready = _prepare(recipe, display)
     existed = out.exists()
-    if not resume:
-        _clear(out)
-    _make_folder(out / WORK)
-    write_atomic(out / WORK / RECIPE_FILE, recipe_toml(recipe).encode())
-    try:
-        return _run(ready, out, display)
-    except (ValueError, FileNotFoundError, CannotCut, SurgeryRefused):
-        if not existed:
-            shutil.rmtree(out)
-        else:
+    _make_folder(out)
+    with _alone_in(out):
+        if not resume:
             _clear(out)
-        raise
+        _make_folder(out / WORK)
+        write_atomic(out / WORK / RECIPE_FILE, recipe_toml(recipe).encode())
+        try:
+            return _run(ready, out, display)
+        except (ValueError, FileNotFoundError, CannotCut, SurgeryRefused):
+            if not (out / WORK / "cut").exists():  # what is found wrong later costs no finished work
+                _clear(out)
+                if not existed:
+                    shutil.rmtree(out)
+            raise
 
 
 def dry_run(recipe: Recipe, display: Display) -> CutPreview:
@@ -170,7 +187,7 @@ def score(recipe: Recipe, out_file: Path, *, display: Display) -> None:
         raise FileNotFoundError(f"{out_file.parent}: no such folder for the score file. Create it first.")
     ready = _prepare(recipe, display, needs_cut=False)
     with tempfile.TemporaryDirectory(prefix="chip-deploy-") as work:
-        journal = Journal(Path(work), display)
+        journal = Journal(Path(work), display, versions=_versions())
         dense = _dense_stage(ready, journal)
         write_atomic(out_file, _score_stage(ready, journal, dense).file("scores.safetensors").read_bytes())
 
@@ -198,24 +215,23 @@ def _prepare(recipe: Recipe, display: Display, *, needs_cut: bool = True) -> Pre
         require_usable(target)
     if needs_cut:
         require_usable(_reference_target())
-    if recipe.measure.batch > 1 and not recipe.export.dynamic_batch:
-        raise ValueError(
-            f"measure.batch is {recipe.measure.batch}, but the exported network takes one image. "
-            "Add --set export.dynamic_batch=true."
-        )
+    _require_free_batch(recipe)
     if recipe.model.weights is not None and not Path(recipe.model.weights).is_file():
         raise FileNotFoundError(f"{recipe.model.weights}: no such weights file. Check --weights.")
     size = recipe.data.size or default_size(recipe.model.name, recipe.data.name)
     data = open_data(recipe.data.name, size=size, seed=recipe.seed, progress=display.progress)
     built = _build(recipe, data)
     _require_weights(recipe, data)
+    if needs_cut:
+        _require_no_turing_products(targets, built.module)
+    network = digest_of(weights_digest(built.module), _source_digest(recipe.model.name))
     if recipe.model.weights is not None:
         load_weights(built.module, recipe.model.weights)
     example = normalise(data.test.read(torch.arange(1)))
     graph, cost = ChannelGraph(built.module, example), CostModel(built.module, example)
     rules = _rules(recipe, targets)
     widths = _widths(recipe, graph, cost, rules) if needs_cut else {}
-    return Prepared(
+    ready = Prepared(
         recipe,
         targets,
         built,
@@ -227,7 +243,34 @@ def _prepare(recipe: Recipe, display: Display, *, needs_cut: bool = True) -> Pre
         widths,
         _sampled(data.train, recipe.score.images, recipe.seed, "score.images", otherwise=SCORE_IMAGES),
         _sampled(data.test, recipe.data.eval_images, recipe.seed, "data.eval_images", otherwise=len(data.test)),
+        network,
     )
+    if needs_cut:
+        display.progress(0.8, "proving that this network can be cut")
+        ramp = [-float(channel) for channel in range(max(group.width for group in graph.groups))]
+        trial = _plan(ready, dict.fromkeys(widths, ramp))
+        apply_plan(built.module, trial, example)
+        prove(built.module, trial, example, seed=recipe.seed)
+    return ready
+
+
+def _require_free_batch(recipe: Recipe) -> None:
+    if recipe.measure.batch > 1 and not recipe.export.dynamic_batch:
+        raise ValueError(
+            f"measure.batch is {recipe.measure.batch}, but the exported network takes one image. "
+            "Add --set export.dynamic_batch=true."
+        )
+
+
+def _require_no_turing_products(targets: list[Target], model: nn.Module) -> None:
+    """TensorRT-RTX 1.7 builds no FP32 matrix product for Turing, and says so only after everything else is done."""
+    linear = next((name for name, module in model.named_modules() if isinstance(module, nn.Linear)), None)
+    for target in targets:
+        if linear is not None and "sm75" in target.spec.capabilities:
+            raise TargetUnavailable(
+                f"target '{target.spec}' cannot be used here: TensorRT-RTX has no FP32 matrix product for sm75, and "
+                f"'{linear}' is one. Leave sm75 out, or use --target trt on the device."
+            )
 
 
 def _build(recipe: Recipe, data: DataSet) -> BuiltModel:
@@ -272,7 +315,11 @@ def _reference_target() -> Target:
 
 
 def _require_own_folder(out: Path, recipe: Recipe) -> None:
-    if out.exists() and not out.is_dir():
+    try:
+        present = out.exists()
+    except OSError as err:
+        raise ValueError(f"--out cannot be used ({err.strerror}): {str(out)[:40]}... Give another --out.") from err
+    if present and not out.is_dir():
         raise NotADirectoryError(f"{out} is a file; --out needs a folder. Give another --out.")
     parent = next(path for path in (out, *out.absolute().parents) if path.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
@@ -288,8 +335,54 @@ def _require_own_folder(out: Path, recipe: Recipe) -> None:
         raise ValueError(f"{out} holds the run of another recipe. Give another --out, or remove {out}.")
 
 
-def _is_finished(out: Path) -> bool:
-    return (out / "manifest.json").is_file() and (out / reports.REPORT).is_file() and not (out / WORK).exists()
+def _is_finished(out: Path, ready: Prepared) -> bool:
+    """Whether the folder holds a whole bundle, made from the same inputs with the same versions."""
+    try:
+        manifest = verify_bundle(out)
+    except IntegrityError:
+        return False
+    return manifest.versions == _versions() and _origin(ready).items() <= manifest.lineage.items()
+
+
+def _origin(ready: Prepared) -> dict[str, str]:
+    """Digests of everything that a run starts from."""
+    weights = ready.recipe.model.weights
+    return {
+        "recipe_sha256": recipe_digest(ready.recipe),
+        "data_sha256": ready.data.digest,
+        "network_sha256": ready.network,
+        "training_code_sha256": _source_digest(ready.recipe.tune.train or ""),
+        **({"weights_file_sha256": sha256_file(Path(weights))} if weights else {}),
+    }
+
+
+def _source_digest(name: str) -> str:
+    """sha256 of the source file behind a `package.module:name` of the user's; of nothing for any other name."""
+    if ":" not in name or name.partition(":")[0] in ("torchvision", "timm"):
+        return ""
+    file = inspect.getsourcefile(inspect.unwrap(import_object(name, what="code")))
+    return sha256_file(Path(file)) if file else ""
+
+
+@contextlib.contextmanager
+def _alone_in(out: Path) -> Iterator[None]:
+    """Hold the folder against a second run; the lock goes with the process, however it ends.
+
+    Raises: ValueError when another run holds it.
+    """
+    if fcntl is None:
+        yield
+        return
+    folder = os.open(out, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as err:
+        os.close(folder)
+        raise ValueError(f"another run is working in {out}. Wait for it, or give another --out.") from err
+    try:
+        yield
+    finally:
+        os.close(folder)
 
 
 def _make_folder(path: Path) -> None:
@@ -301,17 +394,19 @@ def _make_folder(path: Path) -> None:
 
 def _clear(out: Path) -> None:
     """Remove what this tool wrote there, and nothing else."""
-    for name in (*BUNDLE_FILES, reports.REPORT, *reports.PAGES, "manifest.json"):
-        (out / name).unlink(missing_ok=True)
-    for folder in (WORK, "engines"):
-        shutil.rmtree(out / folder, ignore_errors=True)
+    for name in ("manifest.json", reports.REPORT, *reports.PAGES, *reversed(BUNDLE_FILES)):  # recipe.toml goes last:
+        for path in (out / f".{name}.part", out / name):  # it says whose folder this is
+            if name == RECIPE_FILE:
+                for folder in ("engines", WORK):
+                    shutil.rmtree(out / folder, ignore_errors=True)
+            path.unlink(missing_ok=True)
 
 
 # -- the stages --------------------------------------------------------------------------------------------------------
 
 
 def _run(ready: Prepared, out: Path, display: Display) -> reports.Report:
-    journal = Journal(out / WORK, display)
+    journal = Journal(out / WORK, display, versions=_versions())
     dense = _dense_stage(ready, journal)
     scores = _score_stage(ready, journal, dense)
     plan = _plan_stage(ready, journal, dense, scores)
@@ -336,8 +431,7 @@ def _dense_stage(ready: Prepared, journal: Journal) -> StageResult:
         model, record, notes = ready.built.module, None, []
         if ready.trains_dense:
             cached = _cache_folder() / f"{_dense_digest(ready)}.safetensors"
-            if cached.is_file():
-                model.load_state_dict(load_file(cached))
+            if _filled_from(cached, model):
                 notes.append(
                     f"no weights were given: the dense model is one that an earlier run trained ({cached.name})."
                 )
@@ -346,8 +440,9 @@ def _dense_stage(ready: Prepared, journal: Journal) -> StageResult:
                 record = train(
                     model, data, recipe.dense, seed=recipe.seed, work=work, progress=journal.display.progress
                 )
-                _make_folder(cached.parent)
-                write_atomic(cached, save(_tensors(model)))
+                with contextlib.suppress(OSError):  # a cache that cannot be written costs the next run its time
+                    cached.parent.mkdir(parents=True, exist_ok=True)
+                    write_atomic(cached, save(_tensors(model)))
                 shutil.rmtree(work, ignore_errors=True)
                 notes.append(
                     f"no weights were given: the dense model was trained first, {record.epochs} epochs on "
@@ -361,6 +456,7 @@ def _dense_stage(ready: Prepared, journal: Journal) -> StageResult:
     inputs = {
         "model": recipe.model.name,
         "weights": sha256_file(Path(recipe.model.weights)) if recipe.model.weights else _dense_digest(ready),
+        "network": ready.network,
         "test": _test_key(ready),
     }
     result = journal.stage("dense", inputs, make)
@@ -399,23 +495,7 @@ def _plan_stage(ready: Prepared, journal: Journal, dense: StageResult, scores: S
 
     def make(folder: Path) -> Mapping[str, Any]:
         found = ChannelScores.from_file(str(scores.file("scores.safetensors"))).scores
-        kept = {
-            group.layer: kept_channels(group, ready.widths[group.layer], found[group.layer].tolist())
-            for group in ready.graph.groups
-            if group.layer in ready.widths
-        }
-        plan = make_plan(
-            ready.built.module,
-            ready.graph.groups,
-            kept,
-            cost=ready.cost,
-            name=recipe.model.name,
-            num_classes=ready.built.num_classes,
-            input_shape=ready.example.shape[1:],
-            criterion=recipe.score.criterion,
-            round_to=ready.rules.round_to,
-            min_width=ready.rules.min_width,
-        )
+        plan = _plan(ready, {layer: vector.tolist() for layer, vector in found.items()})
         write_atomic(folder / "plan.json", (plan.model_dump_json(by_alias=True, indent=2) + "\n").encode())
         return {}
 
@@ -424,6 +504,7 @@ def _plan_stage(ready: Prepared, journal: Journal, dense: StageResult, scores: S
         "dense": dense.digest,
         "prune": recipe.prune.model_dump(),
         "widths": ready.widths,
+        "rules": asdict(ready.rules),
     }
     return journal.stage("plan", inputs, make)
 
@@ -466,6 +547,7 @@ def _tune_stage(
     inputs = {
         "cut": cut.digest,
         "tune": recipe.tune.model_dump(),
+        "code": _source_digest(recipe.tune.train or ""),
         "data": data.digest,
         "test": _test_key(ready),
         "seed": recipe.seed,
@@ -566,7 +648,13 @@ def _measure_stage(ready: Prepared, journal: Journal, onnx: StageResult, built: 
             )
         return {"engines": [row.model_dump(mode="json") for row in rows]}
 
-    inputs = {"built": built.digest, "onnx": onnx.digest, "measure": asked, "test": _test_key(ready)}
+    inputs = {
+        "built": built.digest,
+        "onnx": onnx.digest,
+        "measure": asked,
+        "machine": fingerprint(read_machine()),
+        "test": _test_key(ready),
+    }
     return journal.stage("measure", inputs, make)
 
 
@@ -575,12 +663,13 @@ def _report_stage(ready: Prepared, journal: Journal, out: Path, stages: Mapping[
     journal.display.stage("report")
     _place(out, stages)
     report = _report(ready, journal, stages)
+    for note in report.notes[: len(_collapse(report.accuracy))]:
+        journal.display.note(note)
     reports.write_report(report, out)
     plan = _read_plan(stages["plan"])
     lineage = {
+        **_origin(ready),
         "dense_weights_sha256": plan.weights_sha256,
-        "data_sha256": ready.data.digest,
-        "recipe_sha256": recipe_digest(ready.recipe),
         "plan_sha256": sha256_file(out / "plan.json"),
         "onnx_sha256": sha256_file(out / "model.onnx"),
     }
@@ -626,6 +715,7 @@ def _report(ready: Prepared, journal: Journal, stages: Mapping[str, StageResult]
         "tuned": facts["tune"]["accuracy"],
         "onnx": facts["agree"]["accuracy"],
     }
+    accuracy = reports.Accuracy(n=len(ready.test) if ready.data.has_accuracy else 0, **accuracies)
     return reports.Report(
         title=f"{recipe.model.name} on {recipe.data.name}",
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -635,7 +725,7 @@ def _report(ready: Prepared, journal: Journal, stages: Mapping[str, StageResult]
         budget=_budget_sentence(recipe, ready.rules),
         input_shape=plan.input_shape,
         classes=ready.built.num_classes,
-        accuracy=reports.Accuracy(n=len(ready.test) if ready.data.has_accuracy else 0, **accuracies),
+        accuracy=accuracy,
         cost=reports.Cost(
             dense=reports.NetworkCost(
                 macs=plan.macs_before, params=plan.params_before, onnx_bytes=facts["export"]["dense_onnx_bytes"]
@@ -654,7 +744,7 @@ def _report(ready: Prepared, journal: Journal, stages: Mapping[str, StageResult]
         machine=read_machine(),
         versions=_versions(),
         recipe=recipe.model_dump(mode="json"),
-        notes=_notes(ready, facts, plan),
+        notes=[*_collapse(accuracy), *_notes(ready, facts, plan)],
     )
 
 
@@ -695,6 +785,17 @@ def _notes(ready: Prepared, facts: Mapping[str, Mapping[str, Any]], plan: PruneP
     ]
 
 
+def _collapse(accuracy: reports.Accuracy) -> list[str]:
+    """A warning where the pruned network lost more accuracy than anybody would ship without looking."""
+    if accuracy.dense is None or accuracy.onnx is None or accuracy.dense - accuracy.onnx <= ALARM:
+        return []
+    warning = (
+        f"WARNING: top-1 fell from {accuracy.dense:.1%} to {accuracy.onnx:.1%}. Tune longer (--set tune.epochs=...), "
+        "distil from the dense network (--set tune.distill=0.5), or keep more channels."
+    )
+    return [warning]
+
+
 def _budget_sentence(recipe: Recipe, rules: Rules) -> str:
     asked = recipe.prune
     rounding = f"widths rounded to {rules.round_to}, no group below {rules.min_width}"
@@ -718,6 +819,27 @@ def _curve(record: Mapping[str, Any] | None) -> reports.TrainCurve | None:
 
 def _engines(ready: Prepared) -> list[tuple[Target, str]]:
     return [(target, precision) for target in ready.targets for precision in ready.recipe.export.precision]
+
+
+def _plan(ready: Prepared, scores: Mapping[str, Sequence[float]]) -> PrunePlan:
+    """The plan that keeps the best channels of every group at its width."""
+    kept = {
+        group.layer: kept_channels(group, ready.widths[group.layer], scores[group.layer][: group.width])
+        for group in ready.graph.groups
+        if group.layer in ready.widths
+    }
+    return make_plan(
+        ready.built.module,
+        ready.graph.groups,
+        kept,
+        cost=ready.cost,
+        name=ready.recipe.model.name,
+        num_classes=ready.built.num_classes,
+        input_shape=ready.example.shape[1:],
+        criterion=ready.recipe.score.criterion,
+        round_to=ready.rules.round_to,
+        min_width=ready.rules.min_width,
+    )
 
 
 def _read_plan(plan: StageResult) -> PrunePlan:
@@ -765,8 +887,24 @@ def _dense_digest(ready: Prepared) -> str:
     recipe = ready.recipe
     settings = recipe.dense.model_dump() if ready.data.has_accuracy else None
     return digest_of(
-        recipe.model.name, ready.built.num_classes, ready.data.digest, settings, recipe.seed, metadata.version("torch")
+        recipe.model.name,
+        ready.built.num_classes,
+        ready.data.digest,
+        ready.data.size,
+        ready.network,
+        settings,
+        recipe.seed,
+        metadata.version("torch"),
     )[:32]
+
+
+def _filled_from(cached: Path, model: nn.Module) -> bool:
+    """Whether the model now holds the cached tensors; a damaged file counts as none."""
+    try:
+        model.load_state_dict(load_file(cached))
+    except (OSError, SafetensorError, RuntimeError):
+        return False
+    return True
 
 
 def _cache_folder() -> Path:

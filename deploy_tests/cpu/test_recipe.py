@@ -37,7 +37,7 @@ def test_options_alone_make_a_recipe_with_the_documented_defaults() -> None:
     recipe = load_recipe(None, ASKED)
     assert (recipe.model.name, recipe.data.name, recipe.prune.budgets) == ("resnet18", "digits", ("macs",))
     assert (recipe.score.criterion, recipe.score.batch, recipe.prune.min_width) == ("chip", 32, 8)
-    assert (recipe.tune.epochs, recipe.tune.lr, recipe.dense.epochs, recipe.dense.lr) == (10, 0.01, 8, 0.05)
+    assert (recipe.tune.epochs, recipe.tune.lr, recipe.dense.epochs, recipe.dense.lr) == (10, 0.01, 8, 0.02)
     assert (recipe.targets, recipe.export.precision, recipe.seed) == (("ort-cpu",), ("fp32",), 0)
 
 

@@ -153,6 +153,79 @@ def test_a_run_killed_before_it_wrote_its_recipe_can_be_resumed(tmp_path):
         _require_own_folder(tmp_path, recipe)
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no advisory folder locks")
+def test_two_runs_cannot_share_a_folder(tmp_path):
+    from chip_deploy.pipeline.stages import _alone_in
+
+    with _alone_in(tmp_path), pytest.raises(ValueError, match="another run is working"), _alone_in(tmp_path):
+        pass
+    with _alone_in(tmp_path):
+        pass
+
+
+def test_a_damaged_cache_is_not_used(tmp_path):
+    from chip_deploy.pipeline.models import build_model
+    from chip_deploy.pipeline.stages import _filled_from
+
+    model = build_model("resnet20", num_classes=10, seed=0).module
+    (tmp_path / "dense.safetensors").write_bytes(b"not tensors")
+    assert not _filled_from(tmp_path / "dense.safetensors", model)
+    assert not _filled_from(tmp_path / "missing.safetensors", model)
+
+
+def test_a_finished_run_is_used_again_only_while_its_inputs_are_the_same(tmp_path, monkeypatch, capsys):
+    from chip_deploy.pipeline.models import build_model
+
+    monkeypatch.chdir(tmp_path)
+    weights = tmp_path / "weights.pt"
+    quick = [
+        "prune", "--model", "resnet20", "--data", "random:8", "--macs", "0.6", "--target", "ort-cpu", "--weights",
+        str(weights), "--set", "prune.round_to=4", "--set", "score.images=4", "--set", "tune.epochs=0", "--set",
+        "measure.seconds=0.05", "--set", "measure.laps=20", "--set", "measure.warmup_ms=1", "--out",
+        "bundle", "--resume",
+    ]  # fmt: skip
+    torch.save(build_model("resnet20", num_classes=None, seed=1).module.state_dict(), weights)
+    assert main(quick) == 0
+    first = (tmp_path / "bundle" / "model.safetensors").read_bytes()
+    assert main(quick) == 0
+    assert "nothing is left to do" in capsys.readouterr().out
+    torch.save(build_model("resnet20", num_classes=None, seed=2).module.state_dict(), weights)
+    assert main(quick) == 0
+    assert "nothing is left to do" not in capsys.readouterr().out
+    assert (tmp_path / "bundle" / "model.safetensors").read_bytes() != first
+
+
+def test_code_of_the_user_that_changed_is_run_again(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    net = (
+        "from torch import nn\n"
+        "def build(num_classes=10):\n"
+        "    return nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.AdaptiveAvgPool2d(1),\n"
+        "                         nn.Flatten(), nn.Linear(16, num_classes))\n"
+    )
+    quick = [
+        "prune", "--model", "usernet_a:build", "--data", "random:8", "--ratio", "0.5", "--target", "ort-cpu",
+        "--set", "data.size=16", "--set", "prune.round_to=1", "--set", "tune.epochs=0", "--set", "score.images=4",
+        "--set", "measure.seconds=0.05", "--set", "measure.laps=20", "--out", "bundle", "--resume",
+    ]  # fmt: skip
+    (tmp_path / "usernet_a.py").write_text(net)
+    assert main(quick) == 0
+    (tmp_path / "usernet_a.py").write_text(net.replace("nn.ReLU()", "nn.SiLU()"))
+    sys.modules.pop("usernet_a")
+    assert main(quick) == 0
+    assert "nothing is left to do" not in capsys.readouterr().out
+
+
+def test_a_large_loss_of_accuracy_is_said_aloud():
+    from chip_deploy.pipeline.report import Accuracy
+    from chip_deploy.pipeline.stages import _collapse
+
+    (warning,) = _collapse(Accuracy(n=100, dense=0.95, onnx=0.71))
+    assert "95.0% to 71.0%" in warning
+    assert _collapse(Accuracy(n=100, dense=0.95, onnx=0.94)) == []
+    assert _collapse(Accuracy()) == []
+
+
 def test_a_changed_file_is_found(finished, tmp_path, capsys):
     copy = tmp_path / "copy"
     shutil.copytree(finished, copy)

@@ -9,7 +9,7 @@ import torchvision
 from torch import nn
 
 from chip_deploy.chip import surgery
-from chip_deploy.chip.allocate import Budget, Rules, kept_channels, uniform_widths
+from chip_deploy.chip.allocate import Budget, Rules, kept_channels, listed_widths, uniform_widths
 from chip_deploy.chip.cost import CostModel
 from chip_deploy.chip.groups import ChannelGraph
 from chip_deploy.chip.plan import PrunePlan, make_plan
@@ -140,12 +140,68 @@ def test_a_consumer_that_the_graph_does_not_see_is_refused():
         prove(net, _plan(net, EXAMPLE, {"enter": range(8)}), EXAMPLE)
 
 
-def test_a_network_that_ignores_its_input_proves_nothing():
+class DeadBranch(nn.Module):
+    """A flatten that torch-pruning reads wrongly, behind an activation that never opens, beside a living branch."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Conv2d(3, 8, 1)
+        self.wrong = nn.Linear(32, 16)
+        self.late = nn.Linear(16, 4)
+        self.other = nn.Conv2d(3, 8, 1)
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x):
+        squares = nn.functional.adaptive_avg_pool2d(self.body(x), 2).permute(0, 2, 3, 1).flatten(1)
+        return self.late((self.wrong(squares) - 1e3).relu()) + self.head(self.other(x).relu().mean((2, 3)))
+
+
+def test_a_branch_that_never_reaches_the_output_cannot_be_proved():
+    torch.manual_seed(0)
+    net = DeadBranch()
+    plan = _plan(net, EXAMPLE, {"body": range(4), "other": range(4)})
+    with pytest.raises(SurgeryRefused, match=r"'(wrong|late)' reads never reaches the output"):
+        prove(net, plan, EXAMPLE)
+
+
+def test_weights_that_ignore_their_input_do_not_spoil_the_proof():
     net = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 4, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     with torch.no_grad():
         net[1].weight.zero_()
-    with pytest.raises(SurgeryRefused, match="cannot be proved"):
-        prove(net, _plan(net, EXAMPLE, {"0": range(4)}), EXAMPLE)
+    assert prove(net, _plan(net, EXAMPLE, {"0": range(4)}), EXAMPLE) < 1e-12
+
+
+@pytest.mark.parametrize("slopes", [1, 16])
+def test_one_slope_for_all_channels_or_one_for_each_is_cut_rightly(slopes):
+    net = nn.Sequential(
+        nn.Conv2d(3, 16, 1), nn.PReLU(slopes), nn.Conv2d(16, 4, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    )
+    plan = _plan(net, EXAMPLE, {"0": range(6)})
+    assert prove(net, plan, EXAMPLE) < 1e-12
+    assert apply_plan(net, plan, EXAMPLE)[1].num_parameters == min(slopes, 6)
+
+
+class Partial(nn.Module):
+    """The middle layer's channels belong half to one group and half to another."""
+
+    def __init__(self):
+        super().__init__()
+        self.left = nn.Conv2d(3, 8, 1)
+        self.whole = nn.Conv2d(3, 16, 1)
+        self.right = nn.Conv2d(3, 8, 1)
+        self.out = nn.Conv2d(16, 4, 1)
+
+    def forward(self, x):
+        return self.out(self.whole(x) + torch.cat([self.left(x), self.right(x)], 1)).mean((2, 3))
+
+
+def test_a_group_that_is_a_part_of_its_root_is_left_alone():
+    net = Partial()
+    groups = {group.layer: group for group in ChannelGraph(net, EXAMPLE).groups}
+    assert groups["whole"].protected == "only a part of 'whole' belongs to it, the rest to another group"
+    assert prove(net, _plan(net, EXAMPLE, {"left": range(4)}), EXAMPLE) < 1e-12
+    with pytest.raises(ValueError, match="belong to several groups: name 'left', 'whole'"):
+        listed_widths(list(groups.values()), {"whole": 0.5}, Rules(1, 1))
 
 
 def test_the_dense_model_stays_as_it_is():

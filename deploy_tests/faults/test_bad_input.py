@@ -57,6 +57,7 @@ def _with(**changes):
         ({"set": "prune.critereon=chip"}, 2, ["prune.critereon", "Did you mean"]),
         ({"set": "score.images=9"}, 2, ["score.images", "9", "8"]),
         ({"set": "measure.batch=4"}, 2, ["export.dynamic_batch"]),
+        ({"set": "targets=[]", "target": None}, 2, ["no target"]),
     ],
 )  # fmt: skip
 def test_is_refused(changes, code, words, capsys, tmp_path):
@@ -144,6 +145,29 @@ def test_an_output_folder_below_a_file(capsys, tmp_path):
     (tmp_path / "file").write_text("mine")
     assert main(["prune", *GOOD, "--out", str(tmp_path / "file" / "bundle")]) == 2
     assert "cannot be written" in capsys.readouterr().err
+
+
+def test_turing_is_refused_before_any_work(capsys, tmp_path):
+    pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx has no wheel for this platform")
+    _refused(capsys, 3, "sm75", "'linear'", arguments=_with(target="trt-rtx:sm75"), out=tmp_path / "bundle")
+
+
+def test_a_name_that_is_too_long(capsys, tmp_path):
+    assert main(["prune", *GOOD, "--out", str(tmp_path / ("y" * 300))]) == 2
+    assert "File name too long" in capsys.readouterr().err
+
+
+def test_a_dry_run_refuses_what_a_run_would_refuse(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "usernet_glu.py").write_text(
+        "from torch import nn\n"
+        "def build(num_classes=10):\n"
+        "    return nn.Sequential(nn.Conv2d(3, 16, 1), nn.GLU(1), nn.Conv2d(8, 4, 1), nn.AdaptiveAvgPool2d(1),\n"
+        "                         nn.Flatten(), nn.Linear(4, num_classes))\n"
+    )
+    arguments = [*_with(model="usernet_glu:build"), "--set", "data.size=16", "--set", "prune.min_width=1"]
+    assert main(["prune", *arguments, "--dry-run"]) == 1
+    assert "error: " in capsys.readouterr().err
 
 
 def test_a_network_that_cannot_be_cut_is_refused_with_the_reason(capsys, tmp_path):
