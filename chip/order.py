@@ -17,8 +17,8 @@ def aligned_order(
 
     Within a group: first the channels that only come in through a shortcut, then those that come in and go on, then
     those that only go on, then the rest; ties by the same classes in the other groups, so that both ends of a shortcut
-    agree. With the stem uncut this always gives one run; otherwise a shortcut may remain a gather, which is exact too.
-    Groups that no ChannelMap touches stay ascending.
+    agree. With the stem uncut this gives one run wherever a shortcut still feeds a kept channel; else it may remain
+    a gather, which is exact too. Groups that no ChannelMap touches stay ascending.
     """
     links = _links(model, groups)
     alive = {(layer, channel) for layer, channels in kept.items() for channel in channels}

@@ -180,7 +180,7 @@ def _living(
 
 
 def _redrawn(dense: nn.Module, example: Tensor, seed: int) -> tuple[nn.Module, Tensor]:
-    """A float64 copy with every constant redrawn and its batch-norm statistics measured; and the images used."""
+    """A float64 copy, weights and constants redrawn, batch-norm statistics measured; and the images used."""
     generator = torch.Generator().manual_seed(seed)
     net = copy.deepcopy(dense).cpu().double().eval()
 

@@ -123,10 +123,6 @@ class Prepared:
         """Whether the dense model has to be trained first."""
         return self.recipe.model.weights is None and self.data.has_accuracy
 
-    def fresh_model(self) -> nn.Module:
-        """The dense architecture with its seeded weights."""
-        return _build(self.recipe, self.data).module
-
 
 def prune(recipe: Recipe, out: Path, *, resume: bool, display: Display) -> reports.Report:
     """Run every stage into the folder `out`; with resume=True go on where an earlier run of this recipe stopped.
