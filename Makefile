@@ -6,7 +6,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.setup-done
-EXTRAS := prune,ort,trt-rtx,report,dev
+EXTRAS := prune,fast,ort,trt-rtx,report,dev
 
 DEMO := prune --model resnet18 --data digits --criterion chip --macs 0.5 --target ort-cpu
 DEMO_RTX := --target trt-rtx:sm86,sm89

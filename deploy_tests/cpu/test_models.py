@@ -26,25 +26,7 @@ from chip_deploy.pipeline.models import (
 )
 from chip_deploy.pipeline.tune import evaluate
 
-SHARED = Path(os.environ.get("CHIP_DEPLOY_SHARED", Path(__file__).resolve().parents[3] / "shared"))
 TIMM = importlib.util.find_spec("timm") is not None
-
-
-@pytest.fixture(scope="module")
-def cifar10_test(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The shared CIFAR-10 test images as an image folder; a few of them stand in for the training images."""
-    archive = SHARED / "data" / "cifar10" / "cifar10-test.zip"
-    if not archive.exists():
-        pytest.skip(f"no {archive}; set CHIP_DEPLOY_SHARED to the folder that holds data/ and weights/")
-    root = tmp_path_factory.mktemp("cifar10")
-    with zipfile.ZipFile(archive) as packed:
-        packed.extractall(root)
-    for class_folder in sorted((root / "test").iterdir()):
-        few = root / "train" / class_folder.name
-        few.mkdir(parents=True)
-        first = min(class_folder.iterdir())
-        (few / first.name).write_bytes(first.read_bytes())
-    return root
 
 
 @pytest.fixture
@@ -65,9 +47,11 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize(("name", "published"), [("resnet20", 91.73), ("resnet56", 93.39)])
-def test_published_weights_reach_the_published_accuracy(name: str, published: float, cifar10_test: Path) -> None:
+def test_published_weights_reach_the_published_accuracy(
+    name: str, published: float, shared: Path, cifar10_test: Path
+) -> None:
     built = build_model(name, num_classes=10, seed=0)
-    load_weights(built.module, SHARED / "weights" / f"{name}.safetensors")
+    load_weights(built.module, shared / "weights" / f"{name}.safetensors")
     data = open_data(f"imagefolder:{cifar10_test}", size=built.input_size, seed=0)
 
     accuracy = evaluate(built.module, data.test)
