@@ -21,6 +21,6 @@ class Criterion(ABC):
     def score_maps(self, maps_BCP: Tensor) -> Tensor:
         """How much each channel matters in each image; larger stays longer.
 
-        Shapes: (B, C, P) floating -> (B, C) float64.
-        Raises: ValueError naming the first image and channel that are not finite.
+        Shapes: (B, C, P) floating -> (B, C) float64, on the device of the maps. Where maps are not finite, so is the
+        score: NaN, at least for that channel. It never waits for the device.
         """

@@ -5,7 +5,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from .criterion import Criterion, Need
-from .nuclear import channel_independence
+from .nuclear import independence_or_nan
 
 
 class ChannelIndependence(Criterion):
@@ -20,8 +20,8 @@ class ChannelIndependence(Criterion):
     needs: ClassVar[frozenset[Need]] = frozenset({"maps"})
 
     def score_maps(self, maps_BCP: Tensor) -> Tensor:
-        """Channel independence per image.
+        """Channel independence per image; NaN throughout an image that is not finite.
 
         Shapes: (B, C, P) -> (B, C) float64.
         """
-        return channel_independence(maps_BCP)
+        return independence_or_nan(maps_BCP)

@@ -2,8 +2,9 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -12,17 +13,37 @@ SCHEMA = "chip-deploy.scores/1"
 
 
 @dataclass(frozen=True)
+class LayerEvidence:
+    """What the scores of one group rest on.
+
+    stability: share of the kept set that stays the same in 95 % (or the rule's confidence) of bootstrap resamples of
+    the images, the worst over the watched widths (`stability.kept_overlaps`); None where no rule watched.
+    settled: whether that was enough for the rule.
+    seconds: spent on the group, over all processes. On a GPU only until the work was queued.
+    """
+
+    images: int
+    stability: float | None
+    settled: bool
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
 class ChannelScores:
     """layer path of each group's root -> (C,) float64, in the order of the group's channels.
 
     Unit: none; every consumer's scores were divided by their mean, so 1 is an average channel.
+    images: the most that any group needed.
     weights_sha256: digest of the model that was scored.
+    layers: group -> what its scores rest on; without the seconds in the file, so that the same scores are the same
+    bytes.
     """
 
     scores: Mapping[str, Tensor]
     criterion: str
     images: int
     weights_sha256: str
+    layers: Mapping[str, LayerEvidence] = field(default_factory=dict)
 
     def to_bytes(self) -> bytes:
         """The safetensors file, the same bytes for the same scores."""
@@ -31,6 +52,10 @@ class ChannelScores:
             "criterion": self.criterion,
             "images": str(self.images),
             "weights_sha256": self.weights_sha256,
+            "layers": {
+                name: {"images": layer.images, "stability": layer.stability, "settled": layer.settled}
+                for name, layer in self.layers.items()
+            },
         }
         return save(
             {name: scores.contiguous() for name, scores in sorted(self.scores.items())},
@@ -41,15 +66,22 @@ class ChannelScores:
     def from_file(cls, path: str) -> "ChannelScores":
         """Read back what `to_bytes` wrote.
 
-        Raises: ValueError when the file is no score file.
+        Raises: FileNotFoundError; ValueError when the file is no score file, or holds a score that is no finite number.
         """
         try:
             with safe_open(path, framework="pt") as file:
                 metadata = json.loads((file.metadata() or {})["scores"])
                 scores = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
                 criterion, images, digest = metadata["criterion"], int(metadata["images"]), metadata["weights_sha256"]
-        except (SafetensorError, KeyError, ValueError) as err:
+                layers = {name: LayerEvidence(**found) for name, found in metadata.get("layers", {}).items()}
+        except (SafetensorError, KeyError, ValueError, TypeError, AttributeError) as err:
             raise ValueError(
                 f"{path} is no score file of this tool ({SCHEMA}): write one with `chip-deploy score`."
             ) from err
-        return cls(scores, criterion, images, digest)
+        for name, vector in scores.items():
+            if vector.ndim != 1 or not vector.is_floating_point() or not bool(torch.isfinite(vector).all()):
+                raise ValueError(
+                    f"{path}: the scores of '{name}' are no vector of finite numbers. Score the model again with "
+                    "`chip-deploy score`."
+                )
+        return cls(scores, criterion, images, digest, layers)

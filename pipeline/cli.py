@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import io
 import json
 import os
 import shlex
@@ -43,6 +44,8 @@ EXTRAS = {
     "PIL": "prune",
     "safetensors": "prune",
     "sklearn": "prune",
+    "scipy": "prune",
+    "numba": "fast",
     "onnxruntime": "ort",
     "tensorrt": "trt",
     "tensorrt_rtx": "trt-rtx",
@@ -103,6 +106,9 @@ def prune(
         list[str] | None, typer.Option(metavar="TARGET", help="ort-cpu, trt-rtx[:sm86,...], trt. Repeatable.")
     ] = None,
     precision: Annotated[str | None, typer.Option(metavar="NAME", help="Precision of the engines: fp32.")] = None,
+    scores: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Scores that `chip-deploy score` wrote, used again.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="Where the bundle goes.")] = None,
     settings: Settings = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run, or begin one.")] = False,
@@ -115,6 +121,7 @@ def prune(
         "model.weights": weights,
         "data.name": data,
         "score.criterion": criterion,
+        "score.file": scores,
         "prune.macs": _number(macs),
         "prune.params": _number(params),
         "prune.ratio": _number(ratio),
@@ -142,16 +149,24 @@ def score(
     settings: Settings = None,
     out: Annotated[Path | None, typer.Option(metavar="FILE", help="Where the scores go (.safetensors).")] = None,
 ) -> None:
-    """Judge every channel, and write the scores to a file; nothing is cut."""
+    """Judge every channel, and write the scores to a file; nothing is cut.
+
+    Under `torchrun --no-python --nproc-per-node N chip-deploy score ...` the processes share the images.
+    """
     asked = {"model.name": model, "model.weights": weights, "data.name": data, "score.criterion": criterion}
     checked = _checked_recipe(recipe, asked, settings, needs_budget=False)
     if out is None:
         raise ValueError("no output file was given. Give --out FILE, for example --out scores.safetensors.")
-    with _watching(_console()) as display:
+    console = _console(quiet=os.environ.get("RANK", "0") != "0")
+    with _watching(console) as display:
         from .stages import score as score_channels
 
-        score_channels(checked, out, display=display)
-    _console().print(f"Scores: {out}", soft_wrap=True, highlight=False, markup=False)
+        found = score_channels(checked, out, display=display)
+    from .tables import score_sentence, score_table
+
+    console.print(score_table(found, encoding=console.encoding))
+    for line in (score_sentence(found), f"Scores: {out}"):
+        console.print(line, soft_wrap=line.startswith("Scores"), highlight=False, markup=False)
 
 
 @app.command()
@@ -350,10 +365,10 @@ def _require_bundle(bundle: Path) -> None:
         raise FileNotFoundError(f"{bundle}: no such bundle. Give the folder that `chip-deploy prune --out` wrote.")
 
 
-def _console(*, stderr: bool = False) -> Console:
+def _console(*, stderr: bool = False, quiet: bool = False) -> Console:
     from rich.console import Console
 
-    return Console(stderr=stderr)
+    return Console(stderr=stderr, file=io.StringIO() if quiet else None)
 
 
 @contextlib.contextmanager

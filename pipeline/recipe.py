@@ -20,6 +20,8 @@ from ..export.target import PRECISIONS, parse_target
 BUDGETS = ("macs", "params", "ratio")
 """Budgets that are one number; per-layer ratios are the fourth way to ask."""
 
+DEVICES = ("auto", "cpu", "cuda")
+
 FUNCTION = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 
 
@@ -43,11 +45,28 @@ class DataSection(_Section):
 
 
 class ScoreSection(_Section):
-    """Which criterion judges the channels, on how many images."""
+    """Which criterion judges the channels, on how many images.
+
+    Each group sees images until its kept set is stable, from `min_images` to `max_images`: in `confidence` of the
+    bootstrap resamples at least `overlap` of it is the same. `images` asks for exactly so many instead. `joint` lets
+    channels leave one at a time. `file` takes the scores that `chip-deploy score` wrote. `device` is auto, cpu or cuda.
+    """
 
     criterion: str = "chip"
     images: int | None = Field(default=None, ge=1)
+    min_images: int = Field(default=32, ge=32)
+    max_images: int = Field(default=640, ge=32)
+    overlap: float = Field(default=0.95, gt=0, le=1)
+    confidence: float = Field(default=0.95, gt=0, lt=1)
+    joint: bool = False
     batch: int = Field(default=32, ge=1)
+    device: str = "auto"
+    file: str | None = None
+
+    @property
+    def label(self) -> str:
+        """The criterion's name, with its mode."""
+        return f"{self.criterion} joint" if self.joint else self.criterion
 
     @field_validator("criterion")
     @classmethod
@@ -55,6 +74,21 @@ class ScoreSection(_Section):
         if name not in CRITERIA:
             raise ValueError(f"unknown criterion '{name}'.{_did_you_mean(name, CRITERIA)} {_available(CRITERIA)}")
         return name
+
+    @field_validator("device")
+    @classmethod
+    def _a_device(cls, name: str) -> str:
+        if name not in DEVICES:
+            raise ValueError(f"unknown device '{name}'.{_did_you_mean(name, DEVICES)} {_available(DEVICES)}")
+        return name
+
+    @model_validator(mode="after")
+    def _min_below_max(self) -> ScoreSection:
+        if self.min_images > self.max_images:
+            raise ValueError(
+                f"min_images = {self.min_images} is more than max_images = {self.max_images}. Raise max_images"
+            )
+        return self
 
 
 class PruneSection(_Section):

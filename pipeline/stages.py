@@ -24,10 +24,12 @@ from .. import __version__
 from ..chip.allocate import Budget, Rules, kept_channels, listed_widths, uniform_widths
 from ..chip.cost import Cost, CostModel, paper_flops, removed_at
 from ..chip.criteria import make_criterion
-from ..chip.evidence import score_groups
+from ..chip.evidence import Scored, joint_groups, score_groups
 from ..chip.groups import CannotCut, ChannelGraph
 from ..chip.plan import PrunePlan, make_plan, weights_digest
 from ..chip.scores import ChannelScores
+from ..chip.shards import Shards, joined
+from ..chip.stability import StoppingRule
 from ..chip.surgery import SurgeryRefused, apply_plan, prove
 from ..export.agree import Agreement, compare_outputs, require_agreement
 from ..export.bundle import WORK, sha256_file, verify_bundle, write_atomic, write_manifest, writing_atomically
@@ -39,7 +41,7 @@ from ..export.onnx_export import OnnxInfo, export_onnx
 from ..export.target import Session, Target, engine_path, parse_target, read_engine, require_usable, width_step
 from ..export.targets import make_target
 from . import report as reports
-from .data import DataSet, Images, default_size, normalise, open_data
+from .data import DataSet, Images, default_size, normalise, open_data, shuffled
 from .device import measured_row, unmeasured_row
 from .display import Display
 from .journal import Journal, StageResult, digest_of
@@ -47,7 +49,7 @@ from .models import BuiltModel, build_model, import_object, load_weights
 from .recipe import Recipe, recipe_digest, recipe_toml
 from .tune import TrainRecord, evaluate, predict, recalibrate, train
 
-SCORE_IMAGES = 256  # where the recipe names no number: rank correlation with other images 0.985 (mean over layers)
+JOINT_IMAGES = 64  # where the recipe names no number: the joint mode holds the maps of all of them at once
 SMALL_SET = 20_000  # a data set with at most so many training images may train its own dense model
 GOLDEN_IMAGES = 8
 ALARM = 0.02  # a loss of accuracy above two points is said aloud
@@ -130,6 +132,11 @@ def prune(recipe: Recipe, out: Path, *, resume: bool, display: Display) -> repor
     Raises: ValueError and FileNotFoundError for what the user can put right (nothing is left behind then);
     TargetUnavailable; CannotCut and SurgeryRefused when the network cannot be cut rightly; other ExportErrors.
     """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError(
+            "torchrun shares out scoring alone. Run `chip-deploy score` under it, and then `chip-deploy prune --scores "
+            "FILE` without it."
+        )
     _require_own_folder(out, recipe)
     ready = _prepare(recipe, display)
     if resume and _is_finished(out, ready):
@@ -174,18 +181,27 @@ def dry_run(recipe: Recipe, display: Display) -> CutPreview:
     return CutPreview(rows, dense.macs, after.macs, dense.params, after.params)
 
 
-def score(recipe: Recipe, out_file: Path, *, display: Display) -> None:
+def score(recipe: Recipe, out_file: Path, *, display: Display) -> ChannelScores:
     """Write the scores of every channel that may be cut to a safetensors file.
 
+    Under torchrun every process scores its share of the images, and the first one writes the file.
     Raises: as `prune`; FileNotFoundError when the folder of `out_file` does not exist.
     """
     if not out_file.parent.is_dir():
         raise FileNotFoundError(f"{out_file.parent}: no such folder for the score file. Create it first.")
+    if out_file.is_dir():
+        raise IsADirectoryError(f"{out_file} is a folder; --out needs a file. Give a name such as scores.safetensors.")
     ready = _prepare(recipe, display, needs_cut=False)
-    with tempfile.TemporaryDirectory(prefix="chip-deploy-") as work:
+    with joined() as shards, tempfile.TemporaryDirectory(prefix="chip-deploy-") as work:
+        if shards.world > 1 and ready.trains_dense:
+            raise ValueError("under torchrun the dense network must be trained already. Give --weights.")
         journal = Journal(Path(work), display, versions=_versions())
-        dense = _dense_stage(ready, journal)
-        write_atomic(out_file, _score_stage(ready, journal, dense).file("scores.safetensors").read_bytes())
+        _dense_stage(ready, journal)
+        display.stage("score")
+        found = _scored(ready, display, shards)
+        if shards.rank == 0:
+            write_atomic(out_file, found.to_bytes())
+        return found
 
 
 def load_pruned(bundle: Path) -> nn.Module:
@@ -237,10 +253,12 @@ def _prepare(recipe: Recipe, display: Display, *, needs_cut: bool = True) -> Pre
         cost,
         rules,
         widths,
-        _sampled(data.train, recipe.score.images, recipe.seed, "score.images", otherwise=SCORE_IMAGES),
+        _sampled(data.train, recipe.score.images, recipe.seed, "score.images", otherwise=_most_images(recipe)),
         _sampled(data.test, recipe.data.eval_images, recipe.seed, "data.eval_images", otherwise=len(data.test)),
         network,
     )
+    if recipe.score.file is not None:
+        _read_scores(ready, check_weights=not ready.trains_dense)
     if needs_cut:
         display.progress(0.8, "proving that this network can be cut")
         ramp = [-float(channel) for channel in range(max(group.width for group in graph.groups))]
@@ -464,25 +482,119 @@ def _dense_stage(ready: Prepared, journal: Journal) -> StageResult:
 
 
 def _score_stage(ready: Prepared, journal: Journal, dense: StageResult) -> StageResult:
-    """The score of every channel that may be cut."""
+    """The score of every channel that may be cut: made here, or by an earlier `chip-deploy score`."""
     recipe = ready.recipe
+    asked = recipe.score
 
     def make(folder: Path) -> Mapping[str, Any]:
-        images = ready.score_images
-        batches = torch.arange(len(images)).split(recipe.score.batch)
-        scores = score_groups(
-            ready.built.module,
-            ready.graph.groups,
-            make_criterion(recipe.score.criterion),
-            (normalise(images.read(indices)) for indices in batches),
-            progress=lambda n: journal.display.progress(n / len(images), f"{n} of {len(images)} images"),
-        )
-        found = ChannelScores(scores, recipe.score.criterion, len(images), weights_digest(ready.built.module))
+        if asked.file is not None:
+            found = _read_scores(ready, check_weights=True)
+        else:
+            found = _scored(ready, journal.display, Shards())
         write_atomic(folder / "scores.safetensors", found.to_bytes())
-        return {"images": len(images)}
+        return {
+            "images": found.images,
+            "criterion": found.criterion,
+            "seconds": {layer: round(of.seconds, 3) for layer, of in found.layers.items()},
+        }
 
-    inputs = {"dense": dense.digest, "score": recipe.score.model_dump(), "data": ready.data.digest, "seed": recipe.seed}
+    inputs = {
+        "dense": dense.digest,
+        "score": asked.model_dump(),
+        "file": sha256_file(Path(asked.file)) if asked.file is not None else None,
+        "widths": ready.widths,
+        "data": ready.data.digest,
+        "seed": recipe.seed,
+    }
     return journal.stage("score", inputs, make)
+
+
+def _scored(ready: Prepared, display: Display, shards: Shards) -> ChannelScores:
+    """The scores by the recipe's criterion, on images in an order of their own, on the device that the recipe names."""
+    recipe, images, model = ready.recipe, ready.score_images, ready.built.module
+    device = _score_device(recipe)
+    order = shuffled(len(images), recipe.seed, "score order").split(recipe.score.batch)
+    model.to(device)
+    try:
+        if recipe.score.joint:
+            batches = [normalise(images.read(indices)).to(device) for indices in order]
+            groups = len([group for group in ready.graph.groups if group.protected is None])
+            scored = joint_groups(
+                model,
+                ready.graph.groups,
+                batches,
+                progress=lambda n: display.progress(n / groups, f"{n} of {groups} groups"),
+            )
+        else:
+            scored = score_groups(
+                model,
+                ready.graph.groups,
+                make_criterion(recipe.score.criterion),
+                (normalise(images.read(indices)).to(device) for indices in shards.own(order)),
+                stopping=_stopping(ready),
+                shards=shards,
+                progress=lambda n: display.progress(n / len(images), f"{n} of at most {len(images)} images"),
+            )
+    finally:
+        model.to("cpu")
+    return _as_channel_scores(scored, recipe.score.label, model)
+
+
+def _as_channel_scores(scored: Scored, label: str, model: nn.Module) -> ChannelScores:
+    return ChannelScores(scored.scores, label, scored.images, weights_digest(model), scored.layers)
+
+
+def _score_device(recipe: Recipe) -> torch.device:
+    """Raises: ValueError where a GPU was asked for and none can be used."""
+    asked = recipe.score.device
+    if asked == "cuda" and not torch.cuda.is_available():
+        raise ValueError("score.device = 'cuda': torch sees no usable GPU here. Set score.device=cpu.")
+    return torch.device("cuda" if asked != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def _stopping(ready: Prepared) -> StoppingRule:
+    """The rule of the recipe at the planned widths; a fixed number of images is a rule that stops there."""
+    asked, images = ready.recipe.score, len(ready.score_images)
+    return StoppingRule(
+        widths={layer: width for layer, width in ready.widths.items() if width < _width(ready, layer)},
+        overlap=asked.overlap,
+        confidence=asked.confidence,
+        least=images if asked.images is not None else min(asked.min_images, images),
+        most=images,
+        seed=ready.recipe.seed,
+    )
+
+
+def _width(ready: Prepared, layer: str) -> int:
+    return next(group.width for group in ready.graph.groups if group.layer == layer)
+
+
+def _most_images(recipe: Recipe) -> int:
+    return JOINT_IMAGES if recipe.score.joint else recipe.score.max_images
+
+
+def _read_scores(ready: Prepared, *, check_weights: bool) -> ChannelScores:
+    """The scores in the recipe's file. Raises: FileNotFoundError; ValueError when they belong to something else."""
+    path = Path(str(ready.recipe.score.file))
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such score file. Write one with `chip-deploy score --out {path.name}`.")
+    found = ChannelScores.from_file(str(path))
+    expected = {group.layer: group.width for group in ready.graph.groups if group.protected is None}
+    held = {layer: len(vector) for layer, vector in found.scores.items()}
+    again = f"Score this model with `chip-deploy score --out {path.name}`."
+    if held != expected:
+        layer = min(layer for layer in {**held, **expected} if held.get(layer) != expected.get(layer))
+        widths = [f"{found[layer]} channels" if layer in found else "no such group" for found in (held, expected)]
+        raise ValueError(
+            f"{path} holds the scores of another model: '{layer}' has {widths[0]} there, {widths[1]} here. {again}"
+        )
+    if check_weights and found.weights_sha256 != weights_digest(ready.built.module):
+        raise ValueError(f"{path} holds the scores of another model: the same network with other weights. {again}")
+    if found.criterion != ready.recipe.score.label:
+        raise ValueError(
+            f"{path} holds scores by '{found.criterion}', and the recipe asks for '{ready.recipe.score.label}'. {again}"
+        )
+    return found
 
 
 def _plan_stage(ready: Prepared, journal: Journal, dense: StageResult, scores: StageResult) -> StageResult:

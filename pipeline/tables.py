@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from rich import box
@@ -9,9 +11,15 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
+    from ..chip.scores import ChannelScores
     from ..export.measure import Quantiles
     from .report import EngineRow
     from .stages import CutPreview
+
+
+BARS = 20
+"""Columns of a bar chart in a table."""
+BLOCKS, PLAIN = " ▁▂▃▄▅▆▇█", " .:-=+*#"
 
 
 def plain_table(first: str, *numbers: str, last: str | None = None) -> Table:
@@ -38,6 +46,64 @@ def preview_table(preview: CutPreview) -> Table:
     ):
         table.add_row(name, "", f"{after / before:.1%}", f"{before:,}", f"{after:,}")
     return table
+
+
+def score_table(found: ChannelScores, *, encoding: str = "utf-8") -> Table:
+    """Per channel group: what its scores rest on, and the scores themselves from the best channel to the worst.
+
+    The bars are shares of the group's best channel; where there are more channels than columns, a bar is the mean of
+    neighbours in that order.
+    """
+    table = plain_table("layer", "width", "dead", "images", "stable", "seconds", last="scores, falling")
+    table.columns[-1].overflow, table.columns[-1].no_wrap = "crop", True
+    for layer, vector in found.scores.items():
+        on = found.layers.get(layer)
+        table.add_row(
+            Text(layer),
+            str(len(vector)),
+            str(int((vector == 0).sum()) or "-"),
+            str(on.images) if on else "-",
+            "-" if on is None or on.stability is None else f"{on.stability:.0%}{'' if on.settled else ' ?'}",
+            f"{on.seconds:.2f}" if on else "-",
+            Text(_bars(vector.tolist(), encoding)),
+        )
+    return table
+
+
+def score_sentence(found: ChannelScores) -> str:
+    """How many images the scores took, and which groups did not settle."""
+    stable = {layer: on for layer, on in found.layers.items() if on.stability is not None}
+    unsettled = [layer for layer, on in stable.items() if not on.settled]
+    text = f"{len(found.scores)} groups scored by {found.criterion} on at most {found.images} images"
+    if not stable:
+        return f"{text}."
+    if not unsettled:
+        return f"{text}; every kept set is stable."
+    return (
+        f"{text}; {len(unsettled)} marked '?' {'is' if len(unsettled) == 1 else 'are'} not as stable as asked: other "
+        "images may keep other channels. --set score.max_images=... looks at more."
+    )
+
+
+def _bars(scores: list[float], encoding: str) -> str:
+    """Falling bars, at most BARS of them; plain signs where the terminal's encoding has no blocks."""
+    ranked = sorted(scores, reverse=True)
+    count = min(BARS, len(ranked))
+    edges = [round(n * len(ranked) / count) for n in range(count + 1)]
+    means = [sum(ranked[a:b]) / (b - a) for a, b in pairwise(edges)]
+    signs = _signs(encoding)
+    top = max(means[0], 0.0)
+    return "".join(
+        signs[min(len(signs) - 1, math.ceil(mean / top * (len(signs) - 1)))] if top else signs[0] for mean in means
+    )
+
+
+def _signs(encoding: str) -> str:
+    try:
+        BLOCKS.encode(encoding)
+    except (UnicodeEncodeError, LookupError):
+        return PLAIN
+    return BLOCKS
 
 
 def engine_table(rows: list[EngineRow]) -> Table:

@@ -34,7 +34,7 @@ def _images(n=4, size=16, seed=0):
 
 def _scores(net, images, criterion=None):
     groups = ChannelGraph(net, images[:1]).groups
-    return score_groups(net, groups, criterion or ChannelIndependence(), images.split(2))
+    return score_groups(net, groups, criterion or ChannelIndependence(), images.split(2)).scores
 
 
 def test_maps_come_from_the_input_of_the_consumer_after_the_activation():
@@ -176,8 +176,8 @@ def test_scores_do_not_depend_on_how_images_are_batched():
     net = build_model("resnet20", num_classes=10, seed=0).module
     groups = ChannelGraph(net, _images(1, 32)).groups
     images = _images(4, 32)
-    once = score_groups(net, groups, ChannelIndependence(), [images])
-    twice = score_groups(net, groups, ChannelIndependence(), images.split(1))
+    once = score_groups(net, groups, ChannelIndependence(), [images]).scores
+    twice = score_groups(net, groups, ChannelIndependence(), images.split(1)).scores
     assert all(torch.allclose(once[layer], twice[layer], atol=1e-5) for layer in once)
 
 
@@ -185,7 +185,7 @@ def test_every_group_that_may_be_cut_is_scored_even_where_activations_have_no_mo
     net = build_model("googlenet", num_classes=10, seed=0, size=64).module
     graph = ChannelGraph(net, _images(1, 64))
     criterion = Remembering()
-    scores = score_groups(net, graph.groups, criterion, [_images(2, 64)])
+    scores = score_groups(net, graph.groups, criterion, [_images(2, 64)]).scores
     free = [group for group in graph.groups if not group.protected]
     assert set(scores) == {group.layer for group in free}
     for group in free:

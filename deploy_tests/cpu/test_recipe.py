@@ -210,7 +210,18 @@ def test_what_was_written_is_read_back_equal(
 
 def test_the_written_recipe_holds_every_default() -> None:
     written = tomli.loads(recipe_toml(load_recipe(None, ASKED)))
-    optional = {"weights", "size", "eval_images", "images", "params", "ratio", "round_to", "max_images", "train"}
+    optional = {
+        "weights",
+        "size",
+        "eval_images",
+        "images",
+        "params",
+        "ratio",
+        "round_to",
+        "max_images",
+        "train",
+        "file",
+    }
     held = {f"{name}.{key}" for name, part in written.items() if isinstance(part, dict) for key in part}
     assert {key for key in set(recipe_keys()) - held if "." in key and key.split(".")[1] not in optional} == set()
 

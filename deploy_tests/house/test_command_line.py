@@ -7,8 +7,8 @@ from chip_deploy.pipeline.cli import app
 # Command -> its arguments and options; a star marks what must be given.
 FROZEN = {
     "prune": (
-        "RECIPE.toml --model --weights --data --criterion --macs --params --ratio --target --precision --out --set "
-        "--resume --dry-run --json"
+        "RECIPE.toml --model --weights --data --criterion --macs --params --ratio --target --precision --scores --out "
+        "--set --resume --dry-run --json"
     ),
     "score": "RECIPE.toml --model --weights --data --criterion --set --out",
     "build": "*BUNDLE *--target",

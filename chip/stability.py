@@ -1,0 +1,129 @@
+"""Whether a group's kept channels would be the same on other images: the rule by which scoring stops."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from .groups import ChannelGroup
+
+# Shape letters: B images, C channels of a group, R resamples, A atoms.
+
+LEAST_IMAGES = 32
+MOST_IMAGES = 640
+KEPT = (0.7, 0.5, 0.3)
+"""Shares of a group's channels at which its kept set must be stable where no width is planned."""
+
+
+class ReaderScores:
+    """One consumer's scores of the group's channels, image by image. Shapes: (B, C') with C' = len(covered)."""
+
+    def __init__(self, covered: Sequence[int]) -> None:
+        self.covered = tuple(covered)
+        self._batches: list[Tensor] = []
+
+    def add(self, scores_BC: Tensor) -> None:
+        """Scores of further images."""
+        self._batches.append(scores_BC)
+
+    @property
+    def scores_BC(self) -> Tensor:
+        """The scores of all images so far."""
+        if len(self._batches) > 1:
+            self._batches = [torch.cat(self._batches)]
+        return self._batches[0]
+
+
+@dataclass(frozen=True)
+class StoppingRule:
+    """When a group has seen enough images.
+
+    widths: how many channels each group is going to keep; a group that is not named is judged at KEPT.
+    overlap, confidence: a kept set is stable when in `confidence` of the resamples at least `overlap` of it is the
+    same, one channel being always allowed to change. A group has settled when it was found stable twice in a row.
+    least, most: the first look comes after `least` images, further ones after a quarter more and `least` at the
+    fewest; after `most` a group stops anyhow.
+    """
+
+    widths: Mapping[str, int] = field(default_factory=dict)
+    overlap: float = 0.95
+    confidence: float = 0.95
+    least: int = LEAST_IMAGES
+    most: int = MOST_IMAGES
+    resamples: int = 200
+    seed: int = 0
+
+    def watched(self, group: ChannelGroup) -> list[int]:
+        """The numbers of channels at which the kept set of that group must be stable."""
+        if group.layer in self.widths:
+            return [self.widths[group.layer]]
+        return sorted({max(1, round(share * group.width)) for share in KEPT})
+
+    def is_stable(self, group: ChannelGroup, overlaps: Mapping[int, float]) -> bool:
+        """Whether every watched kept set is stable enough. `overlaps`: as `kept_overlaps` gives them."""
+        return all(overlaps[width] >= min(self.overlap, 1 - 1 / width) for width in self.watched(group))
+
+
+def group_scores(group: ChannelGroup, readers: Sequence[ReaderScores]) -> Tensor:
+    """The score of each channel of the group: every consumer's mean over images, in shares of its own average channel.
+
+    Shapes: -> (C,) float64, in the order of the group's channels. Unit: none; 1 is an average channel, 0 a dead one.
+    """
+    return _combined(group, [(reader.covered, reader.scores_BC.mean(0, keepdim=True)) for reader in readers])[0]
+
+
+def kept_overlaps(group: ChannelGroup, readers: Sequence[ReaderScores], rule: StoppingRule) -> dict[int, float]:
+    """Watched width -> the share of the kept set that stays the same in `confidence` of the bootstrap resamples.
+
+    Images are drawn with replacement, as many as there are; how far the kept set of a resample is from that of the
+    images themselves stands for how far the latter is from that of all images there could be.
+    Unit: from 0 to 1. The draws depend on the seed and the number of images only.
+    """
+    images = len(readers[0].scores_BC) if readers else 0
+    if images == 0:
+        return dict.fromkeys(rule.watched(group), 0.0)
+    generator = torch.Generator().manual_seed(rule.seed)
+    draws_RB = torch.randint(images, (rule.resamples, images), generator=generator)
+    counts_RB = torch.zeros(rule.resamples, images, dtype=torch.float64)
+    counts_RB.scatter_add_(1, draws_RB, torch.ones_like(draws_RB, dtype=torch.float64))
+    resampled_RC = _combined(group, [(reader.covered, counts_RB @ reader.scores_BC / images) for reader in readers])
+    order_RA = _ranked(group, resampled_RC)
+    order_A = _ranked(group, group_scores(group, readers)[None])[0]
+    atom = len(group.atoms[0])
+    return {
+        width: _agreement(order_RA, order_A, max(1, width // atom), 1 - rule.confidence)
+        for width in rule.watched(group)
+    }
+
+
+def _combined(group: ChannelGroup, means: Sequence[tuple[Sequence[int], Tensor]]) -> Tensor:
+    """Per consumer: divided by the mean over its channels; then averaged over the consumers of each channel.
+
+    Shapes: (R, C') each -> (R, C).
+    """
+    place = {channel: n for n, channel in enumerate(group.channels)}
+    rows = means[0][1].shape[0] if means else 1
+    total_RC = torch.zeros(rows, group.width, dtype=torch.float64)
+    count_C = torch.zeros(group.width, dtype=torch.float64)
+    for covered, mean_RC in means:
+        index = torch.tensor([place[channel] for channel in covered])
+        average_R1 = mean_RC.mean(1, keepdim=True)
+        total_RC[:, index] += mean_RC / torch.where(average_R1 > 0, average_R1, 1.0)
+        count_C[index] += 1
+    return total_RC / count_C.clamp(min=1)
+
+
+def _ranked(group: ChannelGroup, scores_RC: Tensor) -> Tensor:
+    """The group's atoms by falling mean score, ties to the lower channel. Shapes: (R, C) -> (R, A)."""
+    place = {channel: n for n, channel in enumerate(group.channels)}
+    index_Aa = torch.tensor([[place[channel] for channel in atom] for atom in sorted(group.atoms)])
+    return scores_RC[:, index_Aa].mean(-1).argsort(dim=1, descending=True, stable=True)
+
+
+def _agreement(order_RA: Tensor, order_A: Tensor, kept: int, quantile: float) -> float:
+    """The lower quantile, over resamples, of the share of the kept atoms that are kept in the resample too."""
+    is_kept_A = torch.zeros(len(order_A), dtype=torch.float64)
+    is_kept_A[order_A[:kept]] = 1.0
+    overlap_R = is_kept_A[order_RA[:, :kept]].mean(1)
+    return float(overlap_R.quantile(quantile, interpolation="lower"))
