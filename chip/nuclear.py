@@ -78,10 +78,11 @@ def channel_independence_svd(maps_BCP: Tensor) -> Tensor:
     return scores_BC
 
 
+@cache
 def quadrature(device: torch.device, *, nodes: int = NODES) -> tuple[Tensor, Tensor]:
     """Nodes t and weights, (2 / pi) ds among them, of an integral over s in (0, infinity) for spectra in [SMALLEST, 1].
 
-    Shapes: -> (K,) and (K,) float64 in ascending order of the nodes.
+    Shapes: -> (K,) and (K,) float64 in ascending order of the nodes; made once for each device, and not to be changed.
     """
     found = _nodes_and_weights(nodes)
     return torch.tensor(found[0], dtype=torch.float64, device=device), torch.tensor(

@@ -6,10 +6,12 @@ import pytest
 import torch
 from torch import nn
 
+from chip_deploy.chip import evidence
 from chip_deploy.chip.criterion import Criterion
-from chip_deploy.chip.evidence import score_groups
+from chip_deploy.chip.evidence import joint_groups, score_groups
 from chip_deploy.chip.groups import ChannelGraph
 from chip_deploy.chip.independence import ChannelIndependence
+from chip_deploy.chip.joint import Reader, joint_scores
 from chip_deploy.chip.nuclear import channel_independence_svd
 from chip_deploy.pipeline.models import build_model
 
@@ -210,3 +212,64 @@ def test_scoring_leaves_the_training_mode_and_the_hooks_as_they_were():
     score_groups(net, groups, ChannelIndependence(), [_images(2, 32)])
     assert net.training
     assert not any(module._forward_pre_hooks for module in net.modules())
+
+
+def _with_twins():
+    """Channels 0 and 4 of the first layer are the same; channel 2 is a weak one of its own."""
+    torch.manual_seed(4)
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 2, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
+    with torch.no_grad():
+        net[0].weight[4] = net[0].weight[0]
+        net[0].bias[4] = net[0].bias[0]
+    return net
+
+
+def test_of_two_identical_channels_the_one_shot_rule_deletes_both_and_the_joint_mode_keeps_one():
+    net, images = _with_twins(), _images(8)
+    groups = ChannelGraph(net, images[:1]).groups
+    one_shot = score_groups(net, groups, ChannelIndependence(), images.split(4)).scores["0"]
+    joint = joint_groups(net, groups, images.split(4)).scores["0"]
+    assert {0, 4} == set(one_shot.argsort()[:2].tolist())  # the first two to go
+    assert len({0, 4} & set(joint.argsort()[:2].tolist())) == 1
+
+
+def test_joint_scores_of_a_network_are_those_of_its_maps():
+    net, images = _with_twins(), _images(6)
+    with torch.no_grad():
+        maps = net[:2](images).flatten(2)
+    expected = joint_scores([Reader(maps, range(8))], width=8)
+    found = joint_groups(net, ChannelGraph(net, images[:1]).groups, images.split(2))
+    assert torch.allclose(found.scores["0"], expected, rtol=1e-9)
+    assert found.layers["0"].images == 6
+    assert found.layers["0"].stability is None
+
+
+def test_joint_mode_scores_the_same_where_the_maps_must_be_held_a_group_at_a_time(monkeypatch):
+    net = build_model("resnet20", num_classes=10, seed=0).module
+    images = _images(2, 16)
+    groups = ChannelGraph(net, images[:1]).groups
+    together = joint_groups(net, groups, images.split(1)).scores
+    monkeypatch.setattr(evidence, "_HELD_BYTES", 0)
+    apart = joint_groups(net, groups, images.split(1)).scores
+    assert list(together) == list(apart)
+    assert all(torch.equal(together[layer], apart[layer]) for layer in together)
+
+
+def test_a_consumer_called_twice_counts_with_the_mean_of_its_calls():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = nn.Conv2d(3, 4, 1)
+            self.second = nn.Conv2d(4, 4, 1)
+            self.head = nn.Linear(4, 2)
+
+        def forward(self, x):
+            x = self.first(x)
+            return self.head((self.second(x.relu()) + self.second(2 * x.relu())).mean((2, 3)))
+
+    torch.manual_seed(0)
+    net, images = Twice().eval(), _images()
+    with torch.no_grad():
+        maps = net.first(images).relu()
+    raw = (channel_independence_svd(maps) + channel_independence_svd(2 * maps)).mean(0)
+    assert torch.allclose(_scores(net, images)["first"], raw / raw.mean(), rtol=1e-6)
