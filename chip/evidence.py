@@ -165,7 +165,7 @@ class _Record:
         for layer in self.open:
             self.seen[layer] = self.images
         if self.stopping and self.images >= self._next_look:
-            self._next_look = self.images + max(self.stopping.least, self.images // 4)
+            self._next_look = self.images + max(self.stopping.least, self.images // 2)
             self._look(self.stopping)
 
     def result(self, seconds: Mapping[str, float]) -> Scored:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -42,8 +43,8 @@ class StoppingRule:
     widths: how many channels each group is going to keep; a group that is not named is judged at KEPT.
     overlap, confidence: a kept set is stable when in `confidence` of the resamples at least `overlap` of it is the
     same, one channel being always allowed to change. A group has settled when it was found stable twice in a row.
-    least, most: the first look comes after `least` images, further ones after a quarter more and `least` at the
-    fewest; after `most` a group stops anyhow.
+    least, most: the first look comes after `least` images, further ones after half as many again and `least`
+    at the fewest; after `most` a group stops anyhow.
     """
 
     widths: Mapping[str, int] = field(default_factory=dict)
@@ -83,10 +84,7 @@ def kept_overlaps(group: ChannelGroup, readers: Sequence[ReaderScores], rule: St
     images = len(readers[0].scores_BC) if readers else 0
     if images == 0:
         return dict.fromkeys(rule.watched(group), 0.0)
-    generator = torch.Generator().manual_seed(rule.seed)
-    draws_RB = torch.randint(images, (rule.resamples, images), generator=generator)
-    counts_RB = torch.zeros(rule.resamples, images, dtype=torch.float64)
-    counts_RB.scatter_add_(1, draws_RB, torch.ones_like(draws_RB, dtype=torch.float64))
+    counts_RB = _draws(rule.resamples, images, rule.seed)
     resampled_RC = _combined(group, [(reader.covered, counts_RB @ reader.scores_BC / images) for reader in readers])
     order_RA = _ranked(group, resampled_RC)
     order_A = _ranked(group, group_scores(group, readers)[None])[0]
@@ -95,6 +93,14 @@ def kept_overlaps(group: ChannelGroup, readers: Sequence[ReaderScores], rule: St
         width: _agreement(order_RA, order_A, max(1, width // atom), 1 - rule.confidence)
         for width in rule.watched(group)
     }
+
+
+@lru_cache(maxsize=2)
+def _draws(resamples: int, images: int, seed: int) -> Tensor:
+    """How often each resample holds each image; groups that are looked at together share them. Shapes: -> (R, B)."""
+    draws_RB = torch.randint(images, (resamples, images), generator=torch.Generator().manual_seed(seed))
+    counts_RB = torch.zeros(resamples, images, dtype=torch.float64)
+    return counts_RB.scatter_add_(1, draws_RB, torch.ones_like(draws_RB, dtype=torch.float64))
 
 
 def _combined(group: ChannelGroup, means: Sequence[tuple[Sequence[int], Tensor]]) -> Tensor:
