@@ -27,6 +27,7 @@ NODES = 40
 SMALLEST = 1e-14
 WIDEST = 128
 """Above this M LAPACK's blocked reduction is the faster one."""
+_NOTHING = 1e-60  # far below what rounding leaves of rows that depend on others; tau squared must not overflow
 _TILE = 4096  # float64 values of the maps that stay in the first-level cache while the Gram matrix is formed
 
 
@@ -279,9 +280,11 @@ def _small(maps, nodes, weights, scores):
         if not 0.0 < top < np.inf:
             scores[image, :] = 0.0 if top == 0.0 else np.nan
             continue
+        for at in range(0, s * s, LANES):
+            store(g, at, multiply(splat(1.0 / top), load(g, at)))  # the reduction takes fourth powers of the maps
         _reduce(g, d, e, tau, w)
         _accumulate(g, tau, w, q)
-        _shares(d, e, top, nodes, weights, low, inverse, q, c <= p, scores[image])
+        _shares(d, e, 1.0, nodes, weights, low, inverse, q, c <= p, scores[image])
         _bound(scores[image], squares, top)
 
 
@@ -403,7 +406,7 @@ def _put_four(sums, at, a, b, c, d):
 
 @_kernel
 def _reduce(g, d, e, tau, w):
-    """g (S, S), symmetric, to tridiagonal form from the last row up, by Householder reflections I - tau v v^T.
+    """g (S, S), symmetric, of trace 1, to tridiagonal form from the last row up, by reflections I - tau v v^T.
 
     Leaves the diagonal in d, what stands beside it in e (e[k] between k - 1 and k), and v of step k in g[k, :k].
     """
@@ -415,7 +418,7 @@ def _reduce(g, d, e, tau, w):
         for j in range(k, stop):
             g[k, j] = 0.0  # packs reach behind v, where nothing may stand
         tail = _dot(g, k * s, g, k * s, stop)
-        if tail == 0.0:
+        if tail < _NOTHING:
             e[k], tau[k] = beside, 0.0
             continue
         norm = math.sqrt(beside * beside + tail)

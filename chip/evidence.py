@@ -80,11 +80,13 @@ def score_groups(
     with _watched(model, sink):
         while record.open:
             batch = next(source, None)
-            found = None if batch is None else _on_cpu(sink.run(model, batch))
+            found = None if batch is None else _found(sink, model, batch, shards)
             everything = [rows for rows in shards.gather(found) if rows is not None]
             if not everything:
                 break
             for rows in everything:
+                if isinstance(rows, str):
+                    raise ValueError(rows)
                 record.add(rows)
             sink.groups = record.open
             if progress is not None:
@@ -110,14 +112,15 @@ def joint_groups(
     takes seconds.
     """
     wanted = {group.layer: group for group in groups if group.protected is None}
+    if not batches:
+        raise ValueError("joint scores need at least one batch of images.")
     covered = _covered_of(model, wanted.values())
     images = sum(len(batch) for batch in batches)
     scores: dict[str, Tensor] = {}
     layers: dict[str, LayerEvidence] = {}
     while len(scores) < len(wanted):
-        sink = _Sink(
-            {layer: group for layer, group in wanted.items() if layer not in scores}, lambda maps_BCP: maps_BCP
-        )
+        left = {layer: group for layer, group in wanted.items() if layer not in scores}
+        sink = _Sink(left, torch.clone, join=_side_by_side)  # a clone: what follows may work in place
         with _watched(model, sink):
             held = sink.hold(model, batches)
         for layer, group in sink.groups.items():
@@ -165,7 +168,9 @@ class _Record:
         for layer in self.open:
             self.seen[layer] = self.images
         if self.stopping and self.images >= self._next_look:
-            self._next_look = self.images + max(self.stopping.least, self.images // 2)
+            self._next_look = min(
+                self.images + max(self.stopping.least, self.images // 2), max(self.stopping.most, self.images + 1)
+            )
             self._look(self.stopping)
 
     def result(self, seconds: Mapping[str, float]) -> Scored:
@@ -201,9 +206,16 @@ class _Record:
 class _Sink:
     """What the consumers of the groups read in one batch, each put through `score`."""
 
-    def __init__(self, groups: Mapping[str, ChannelGroup], score: Callable[[Tensor], Tensor]) -> None:
+    def __init__(
+        self,
+        groups: Mapping[str, ChannelGroup],
+        score: Callable[[Tensor], Tensor],
+        *,
+        join: "Callable[[Sequence[Tensor], int], Tensor] | None" = None,
+    ) -> None:
         self.groups = groups
         self.score = score
+        self.join = join or _mean_of_calls
         self.seconds: dict[str, float] = defaultdict(float)
         self._seen: list[_Seen] = []
         self._found: dict[Key, list[Tensor]] = {}
@@ -212,11 +224,11 @@ class _Sink:
     def run(self, model: nn.Module, batch: Tensor) -> dict[Key, Tensor]:
         """Key -> what `score` made of the batch's maps, (B, C) or (B, C, P), one row an image.
 
-        Where a consumer is called several times for one image, the mean over its calls counts.
+        Where a consumer is called several times for one image, `join` makes one row of what it read.
         Raises: ValueError naming the layer, image and channel that are not finite.
         """
         self._pass(model, batch)
-        found = {key: _one_row_an_image(values, len(batch)) for key, values in self._found.items()}
+        found = {key: self.join(values, len(batch)) for key, values in self._found.items()}
         self._found = {}
         flags = [values.isnan().any() for values in found.values()]
         if flags and bool(torch.stack(flags).any()):
@@ -293,6 +305,16 @@ class _Seen:
     version: int
 
 
+def _found(sink: "_Sink", model: nn.Module, batch: Tensor, shards: Shards) -> dict[Key, Tensor] | str:
+    """The scores of one batch; for other processes, which must hear of it, what is wrong with its maps."""
+    try:
+        return _on_cpu(sink.run(model, batch))
+    except ValueError as err:
+        if shards.world == 1:
+            raise
+        return str(err)
+
+
 def _on_cpu(found: Mapping[Key, Tensor]) -> dict[Key, Tensor]:
     """The scores of one batch off the device, in one copy."""
     flat = torch.cat([scores_BC.flatten() for scores_BC in found.values()]).cpu() if found else torch.zeros(0)
@@ -301,10 +323,16 @@ def _on_cpu(found: Mapping[Key, Tensor]) -> dict[Key, Tensor]:
     return {key: part.reshape(scores_BC.shape) for (key, scores_BC), part in parts}
 
 
-def _one_row_an_image(values: Sequence[Tensor], images: int) -> Tensor:
+def _mean_of_calls(values: Sequence[Tensor], images: int) -> Tensor:
     """The mean over a consumer's calls, and over the maps of one image where a call sees several."""
     rows = [value.reshape(images, -1, *value.shape[1:]).mean(1) if len(value) != images else value for value in values]
     return rows[0] if len(rows) == 1 else torch.stack(rows).mean(0)
+
+
+def _side_by_side(values: Sequence[Tensor], images: int) -> Tensor:
+    """All maps of one image as pixels of the same channels. Shapes: (n B, C, P) each -> (B, C, all pixels)."""
+    rows = [value.reshape(images, -1, *value.shape[1:]).movedim(1, 2).flatten(2) for value in values]
+    return torch.cat(rows, -1)
 
 
 def _require_finite(maps_BCP: Tensor, layer: str) -> None:

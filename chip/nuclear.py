@@ -92,13 +92,13 @@ def quadrature(device: torch.device, *, nodes: int = NODES) -> tuple[Tensor, Ten
 
 @cache
 def _compiled() -> ModuleType | None:
-    """The compiled kernels, or None where numba or scipy is not installed."""
+    """The compiled kernels, or None where numba or scipy cannot be imported."""
     try:
-        return importlib.import_module(".compiled", __package__)
-    except ModuleNotFoundError as err:
-        if (err.name or "").partition(".")[0] in ("numba", "llvmlite", "scipy"):
-            return None
-        raise
+        for package in ("numba", "scipy.linalg.lapack"):
+            importlib.import_module(package)
+    except ImportError:  # not there, or not with this numpy
+        return None
+    return importlib.import_module(".compiled", __package__)
 
 
 def _rows(maps: Tensor) -> Tensor:
@@ -116,7 +116,7 @@ def _refuse(rows_BCP: Tensor) -> NoReturn:
 
 
 def _by_compiled_code(rows_BCP: Tensor, compiled: ModuleType) -> Tensor:
-    """On the CPU; float32 squares fit into float64 as they are, float64 maps are scaled first."""
+    """On the CPU; squares of float32 maps are normal numbers of float64 as they are, float64 maps are scaled first."""
     rows_BCP = rows_BCP if rows_BCP.dtype in (torch.float32, torch.float64) else rows_BCP.float()
     scale_B = None
     if rows_BCP.dtype == torch.float64:

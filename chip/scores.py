@@ -71,12 +71,14 @@ class ChannelScores:
         try:
             with safe_open(path, framework="pt") as file:
                 metadata = json.loads((file.metadata() or {})["scores"])
+                if metadata["schema"] != SCHEMA:
+                    raise ValueError(metadata["schema"])
                 scores = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
                 criterion, images, digest = metadata["criterion"], int(metadata["images"]), metadata["weights_sha256"]
-                layers = {name: LayerEvidence(**found) for name, found in metadata.get("layers", {}).items()}
+                layers = {name: _evidence(**found) for name, found in metadata.get("layers", {}).items()}
         except (SafetensorError, KeyError, ValueError, TypeError, AttributeError) as err:
             raise ValueError(
-                f"{path} is no score file of this tool ({SCHEMA}): write one with `chip-deploy score`."
+                f"{path} is no score file of this tool ({SCHEMA}), or is damaged. Write one with `chip-deploy score`."
             ) from err
         for name, vector in scores.items():
             if vector.ndim != 1 or not vector.is_floating_point() or not bool(torch.isfinite(vector).all()):
@@ -85,3 +87,7 @@ class ChannelScores:
                     "`chip-deploy score`."
                 )
         return cls(scores, criterion, images, digest, layers)
+
+
+def _evidence(*, images: int, stability: float | None, settled: bool) -> LayerEvidence:
+    return LayerEvidence(int(images), None if stability is None else float(stability), bool(settled))

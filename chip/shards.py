@@ -33,19 +33,17 @@ class Shards(NamedTuple):
 
 @contextmanager
 def joined() -> Iterator[Shards]:
-    """The processes of this run, connected for the time of the block: by nccl where each has a GPU, else by gloo.
+    """The processes of this run, connected by gloo for the time of the block: scores are gathered on the CPU.
 
-    Without torchrun's environment variables this is one process, and nothing is connected.
+    Each process that has a GPU of its own works on that. Without torchrun's environment variables this is one process,
+    and nothing is connected.
     """
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    if world == 1 or "RANK" not in os.environ:
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or "RANK" not in os.environ:
         yield Shards()
         return
-    local = int(os.environ.get("LOCAL_RANK", "0"))
-    has_gpu = torch.cuda.is_available() and torch.cuda.device_count() > local
-    if has_gpu:
-        torch.cuda.set_device(local)
-    distributed.init_process_group("nccl" if has_gpu else "gloo", timeout=_HOURS)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    distributed.init_process_group("gloo", timeout=_HOURS)
     try:
         yield Shards(distributed.get_rank(), distributed.get_world_size())
     finally:

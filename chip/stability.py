@@ -42,9 +42,10 @@ class StoppingRule:
 
     widths: how many channels each group is going to keep; a group that is not named is judged at KEPT.
     overlap, confidence: a kept set is stable when in `confidence` of the resamples at least `overlap` of it is the
-    same, one channel being always allowed to change. A group has settled when it was found stable twice in a row.
-    least, most: the first look comes after `least` images, further ones after half as many again and `least`
-    at the fewest; after `most` a group stops anyhow.
+    same, one channel (or atom) being always allowed to change. A group has settled when it was found stable twice in a
+    row.
+    least, most: the first look comes after `least` images, further ones after half as many again and `least` at the
+    fewest; after `most` a group stops anyhow, and has settled if it is stable then.
     """
 
     widths: Mapping[str, int] = field(default_factory=dict)
@@ -63,7 +64,8 @@ class StoppingRule:
 
     def is_stable(self, group: ChannelGroup, overlaps: Mapping[int, float]) -> bool:
         """Whether every watched kept set is stable enough. `overlaps`: as `kept_overlaps` gives them."""
-        return all(overlaps[width] >= min(self.overlap, 1 - 1 / width) for width in self.watched(group))
+        kept = {width: max(1, width // len(group.atoms[0])) for width in self.watched(group)}
+        return all(overlaps[width] >= min(self.overlap, (kept[width] - 1) / kept[width]) for width in kept)
 
 
 def group_scores(group: ChannelGroup, readers: Sequence[ReaderScores]) -> Tensor:

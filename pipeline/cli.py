@@ -151,7 +151,11 @@ def score(
 ) -> None:
     """Judge every channel, and write the scores to a file; nothing is cut.
 
-    Under `torchrun --no-python --nproc-per-node N chip-deploy score ...` the processes share the images.
+    Each group sees images until its kept set is stable: --set score.min_images, max_images, overlap, confidence; or
+    exactly score.images. score.joint=true removes one channel at a time (minutes, not seconds).
+
+    Under `torchrun --no-python --nproc-per-node N chip-deploy score ...` the processes share the images; exit codes are
+    torchrun's then.
     """
     asked = {"model.name": model, "model.weights": weights, "data.name": data, "score.criterion": criterion}
     checked = _checked_recipe(recipe, asked, settings, needs_budget=False)
@@ -165,7 +169,7 @@ def score(
     from .tables import score_sentence, score_table
 
     console.print(score_table(found, encoding=console.encoding))
-    for line in (score_sentence(found), f"Scores: {out}"):
+    for line in (score_sentence(found, checked.score), f"Scores: {out}"):
         console.print(line, soft_wrap=line.startswith("Scores"), highlight=False, markup=False)
 
 

@@ -49,7 +49,8 @@ class ScoreSection(_Section):
 
     Each group sees images until its kept set is stable, from `min_images` to `max_images`: in `confidence` of the
     bootstrap resamples at least `overlap` of it is the same. `images` asks for exactly so many instead. `joint` lets
-    channels leave one at a time. `file` takes the scores that `chip-deploy score` wrote. `device` is auto, cpu or cuda.
+    channels leave one at a time, judged on `images` (64) images and by no rule. `file` takes the scores that
+    `chip-deploy score` wrote. `device` is auto, cpu or cuda.
     """
 
     criterion: str = "chip"

@@ -65,7 +65,7 @@ BUNDLE_FILES = (
 )
 PACKAGES = (
     "torch", "torchvision", "torch-pruning", "lightning", "onnx", "onnxscript", "numpy", "onnxruntime",
-    "onnxruntime-gpu", "tensorrt", "tensorrt-rtx", "safetensors", "pillow", "scikit-learn", "timm",
+    "onnxruntime-gpu", "numba", "scipy", "tensorrt", "tensorrt-rtx", "safetensors", "pillow", "scikit-learn", "timm",
 )  # fmt: skip
 
 Progress = Callable[[float, str], None]
@@ -185,23 +185,46 @@ def score(recipe: Recipe, out_file: Path, *, display: Display) -> ChannelScores:
     """Write the scores of every channel that may be cut to a safetensors file.
 
     Under torchrun every process scores its share of the images, and the first one writes the file.
-    Raises: as `prune`; FileNotFoundError when the folder of `out_file` does not exist.
+    The accuracy of the dense network is not measured: scores do not need it.
+    Raises: as `prune`; FileNotFoundError, PermissionError, ValueError when `out_file` cannot be written.
     """
-    if not out_file.parent.is_dir():
-        raise FileNotFoundError(f"{out_file.parent}: no such folder for the score file. Create it first.")
-    if out_file.is_dir():
-        raise IsADirectoryError(f"{out_file} is a folder; --out needs a file. Give a name such as scores.safetensors.")
+    out_file = _score_place(out_file)
+    if recipe.score.file is not None:
+        raise ValueError(
+            "score.file is for `chip-deploy prune`, which takes scores; this command makes them. Leave it out."
+        )
     ready = _prepare(recipe, display, needs_cut=False)
     with joined() as shards, tempfile.TemporaryDirectory(prefix="chip-deploy-") as work:
-        if shards.world > 1 and ready.trains_dense:
-            raise ValueError("under torchrun the dense network must be trained already. Give --weights.")
+        if shards.world > 1 and recipe.score.joint:
+            raise ValueError(
+                "torchrun shares out images, and the joint mode needs all of them at once. Run it without torchrun."
+            )
+        if shards.world > 1 and ready.trains_dense and not _cached_dense(ready).is_file():
+            raise ValueError(
+                "under torchrun the dense network must be trained already. Give --weights, or run this once without "
+                "torchrun, which trains it and keeps it for the next run."
+            )
         journal = Journal(Path(work), display, versions=_versions())
-        _dense_stage(ready, journal)
+        _dense_stage(ready, journal, judged=False)
         display.stage("score")
         found = _scored(ready, display, shards)
         if shards.rank == 0:
             write_atomic(out_file, found.to_bytes())
         return found
+
+
+def _score_place(out_file: Path) -> Path:
+    """Where the scores are written, links followed. Raises: FileNotFoundError, PermissionError, ValueError."""
+    place = out_file.resolve()
+    if not place.parent.is_dir():
+        raise FileNotFoundError(f"{out_file.parent}: no such folder for the score file. Create it first.")
+    if place.exists() and not place.is_file():
+        raise ValueError(f"{out_file} is no file; --out needs one. Give a name such as scores.safetensors.")
+    try:
+        with tempfile.TemporaryFile(dir=place.parent):
+            return place
+    except OSError as err:
+        raise PermissionError(f"{out_file.parent} cannot be written ({err.strerror}). Give another --out.") from err
 
 
 def load_pruned(bundle: Path) -> nn.Module:
@@ -230,6 +253,8 @@ def _prepare(recipe: Recipe, display: Display, *, needs_cut: bool = True) -> Pre
     _require_free_batch(recipe)
     if recipe.model.weights is not None and not Path(recipe.model.weights).is_file():
         raise FileNotFoundError(f"{recipe.model.weights}: no such weights file. Check --weights.")
+    if recipe.score.file is not None:
+        _require_score_file(Path(recipe.score.file))
     size = recipe.data.size or default_size(recipe.model.name, recipe.data.name)
     data = open_data(recipe.data.name, size=size, seed=recipe.seed, progress=display.progress)
     built = _build(recipe, data)
@@ -366,6 +391,7 @@ def _origin(ready: Prepared) -> dict[str, str]:
         "data_sha256": ready.data.digest,
         "network_sha256": ready.network,
         "training_code_sha256": _source_digest(ready.recipe.tune.train or ""),
+        **({"scores_file_sha256": sha256_file(Path(ready.recipe.score.file))} if ready.recipe.score.file else {}),
         **({"weights_file_sha256": sha256_file(Path(weights))} if weights else {}),
     }
 
@@ -437,14 +463,14 @@ def _run(ready: Prepared, out: Path, display: Display) -> reports.Report:
     return _report_stage(ready, journal, out, stages)
 
 
-def _dense_stage(ready: Prepared, journal: Journal) -> StageResult:
-    """The dense weights: given, or trained on a small data set and kept in the cache; and their accuracy."""
+def _dense_stage(ready: Prepared, journal: Journal, *, judged: bool = True) -> StageResult:
+    """The dense weights: given, or trained on a small data set and kept in the cache; and accuracy, if `judged`."""
     recipe, data = ready.recipe, ready.data
 
     def make(folder: Path) -> Mapping[str, Any]:
         model, record, notes = ready.built.module, None, []
         if ready.trains_dense:
-            cached = _cache_folder() / f"{_dense_digest(ready)}.safetensors"
+            cached = _cached_dense(ready)
             if _filled_from(cached, model):
                 notes.append(
                     f"no weights were given: the dense model is one that an earlier run trained ({cached.name})."
@@ -465,7 +491,8 @@ def _dense_stage(ready: Prepared, journal: Journal) -> StageResult:
         elif not data.has_accuracy and recipe.model.weights is None:
             notes.append("the dense weights are random: structure and latency are real, accuracy does not exist.")
         write_atomic(folder / "dense.safetensors", save(_tensors(model)))
-        return {"accuracy": _accuracy(model, ready, journal), "training": _plain(record), "notes": notes}
+        accuracy = _accuracy(model, ready, journal) if judged else None
+        return {"accuracy": accuracy, "training": _plain(record), "notes": notes}
 
     inputs = {
         "model": recipe.model.name,
@@ -573,26 +600,33 @@ def _most_images(recipe: Recipe) -> int:
     return JOINT_IMAGES if recipe.score.joint else recipe.score.max_images
 
 
+def _require_score_file(path: Path) -> None:
+    if path.is_dir():
+        raise IsADirectoryError(f"{path}: a folder, but a score file is expected. Give the .safetensors file.")
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such score file. Write one with `chip-deploy score --out {path}`.")
+
+
 def _read_scores(ready: Prepared, *, check_weights: bool) -> ChannelScores:
     """The scores in the recipe's file. Raises: FileNotFoundError; ValueError when they belong to something else."""
     path = Path(str(ready.recipe.score.file))
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such score file. Write one with `chip-deploy score --out {path.name}`.")
+    _require_score_file(path)
     found = ChannelScores.from_file(str(path))
     expected = {group.layer: group.width for group in ready.graph.groups if group.protected is None}
     held = {layer: len(vector) for layer, vector in found.scores.items()}
-    again = f"Score this model with `chip-deploy score --out {path.name}`."
+    again = f"Score this model with `chip-deploy score --out {path}`."
     if held != expected:
         layer = min(layer for layer in {**held, **expected} if held.get(layer) != expected.get(layer))
-        widths = [f"{found[layer]} channels" if layer in found else "no such group" for found in (held, expected)]
+        there, here = (f"{of[layer]} channels" if layer in of else "no such group" for of in (held, expected))
         raise ValueError(
-            f"{path} holds the scores of another model: '{layer}' has {widths[0]} there, {widths[1]} here. {again}"
+            f"{path} holds the scores of another model: for '{layer}', {there} there and {here} here. {again}"
         )
     if check_weights and found.weights_sha256 != weights_digest(ready.built.module):
         raise ValueError(f"{path} holds the scores of another model: the same network with other weights. {again}")
     if found.criterion != ready.recipe.score.label:
         raise ValueError(
-            f"{path} holds scores by '{found.criterion}', and the recipe asks for '{ready.recipe.score.label}'. {again}"
+            f"{path} holds scores by '{found.criterion}', and the recipe asks for '{ready.recipe.score.label}'. Set "
+            f"score.joint={str(found.criterion.endswith(' joint')).lower()}, or score the model anew."
         )
     return found
 
@@ -1004,6 +1038,10 @@ def _dense_digest(ready: Prepared) -> str:
         recipe.seed,
         metadata.version("torch"),
     )[:32]
+
+
+def _cached_dense(ready: Prepared) -> Path:
+    return _cache_folder() / f"{_dense_digest(ready)}.safetensors"
 
 
 def _filled_from(cached: Path, model: nn.Module) -> bool:

@@ -11,13 +11,14 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from ..chip.scores import ChannelScores
+    from ..chip.scores import ChannelScores, LayerEvidence
     from ..export.measure import Quantiles
+    from .recipe import ScoreSection
     from .report import EngineRow
     from .stages import CutPreview
 
 
-BARS = 20
+BARS = 16
 """Columns of a bar chart in a table."""
 BLOCKS, PLAIN = " ▁▂▃▄▅▆▇█", " .:-=+*#"
 
@@ -54,7 +55,7 @@ def score_table(found: ChannelScores, *, encoding: str = "utf-8") -> Table:
     The bars are shares of the group's best channel; where there are more channels than columns, a bar is the mean of
     neighbours in that order.
     """
-    table = plain_table("layer", "width", "dead", "images", "stable", "seconds", last="scores, falling")
+    table = plain_table("layer", "width", "dead", "images", "stable", "settled", "seconds", last="scores, falling")
     table.columns[-1].overflow, table.columns[-1].no_wrap = "crop", True
     for layer, vector in found.scores.items():
         on = found.layers.get(layer)
@@ -63,26 +64,35 @@ def score_table(found: ChannelScores, *, encoding: str = "utf-8") -> Table:
             str(len(vector)),
             str(int((vector == 0).sum()) or "-"),
             str(on.images) if on else "-",
-            "-" if on is None or on.stability is None else f"{on.stability:.0%}{'' if on.settled else ' ?'}",
+            *_stability(on),
             f"{on.seconds:.2f}" if on else "-",
             Text(_bars(vector.tolist(), encoding)),
         )
     return table
 
 
-def score_sentence(found: ChannelScores) -> str:
-    """How many images the scores took, and which groups did not settle."""
-    stable = {layer: on for layer, on in found.layers.items() if on.stability is not None}
-    unsettled = [layer for layer, on in stable.items() if not on.settled]
+def score_sentence(found: ChannelScores, asked: ScoreSection) -> str:
+    """How many images the scores took, how many groups settled, and what to do about the others."""
+    judged = [on for on in found.layers.values() if on.stability is not None]
+    unsettled = sum(not on.settled for on in judged)
     text = f"{len(found.scores)} groups scored by {found.criterion} on at most {found.images} images"
-    if not stable:
-        return f"{text}."
-    if not unsettled:
-        return f"{text}; every kept set is stable."
-    return (
-        f"{text}; {len(unsettled)} marked '?' {'is' if len(unsettled) == 1 else 'are'} not as stable as asked: other "
-        "images may keep other channels. --set score.max_images=... looks at more."
+    if not judged:
+        return f"{text}. How stable the kept sets are is not judged in joint mode."
+    rule = (
+        f"A kept set is settled when, in {asked.confidence:.0%} of bootstrap resamples of the images, "
+        f"{asked.overlap:.0%} of it or all but one channel stay the same, twice in a row."
     )
+    if not unsettled:
+        return f"{text}; all have settled. {rule}"
+    limit = asked.images or asked.max_images
+    more = "Allow more with --set score.max_images=N." if found.images >= limit else "There are no more images."
+    return f"{text}; {unsettled} have not settled: other images may keep other channels. {more} {rule}"
+
+
+def _stability(on: LayerEvidence | None) -> tuple[str, str]:
+    if on is None or on.stability is None:
+        return "-", "-"
+    return f"{math.floor(100 * on.stability)}%", "yes" if on.settled else "no"
 
 
 def _bars(scores: list[float], encoding: str) -> str:

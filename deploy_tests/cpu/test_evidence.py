@@ -273,3 +273,47 @@ def test_a_consumer_called_twice_counts_with_the_mean_of_its_calls():
         maps = net.first(images).relu()
     raw = (channel_independence_svd(maps) + channel_independence_svd(2 * maps)).mean(0)
     assert torch.allclose(_scores(net, images)["first"], raw / raw.mean(), rtol=1e-6)
+
+
+def test_joint_mode_keeps_the_maps_as_they_were_read_where_the_network_works_on_them_in_place():
+    class Gated(nn.Module):
+        def __init__(self, *, in_place):
+            super().__init__()
+            torch.manual_seed(5)
+            self.first, self.gate, self.head = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 6, 1), nn.Conv2d(6, 2, 1)
+            self.in_place = in_place
+
+        def forward(self, x):
+            x = self.first(x).relu()
+            gate = self.gate(x).sigmoid()
+            x = x.mul_(gate) if self.in_place else x * gate
+            return self.head(x).mean((2, 3))
+
+    images = _images(4)
+    found = [
+        joint_groups(net, ChannelGraph(net, images[:1]).groups, [images]).scores
+        for net in (Gated(in_place=flag).eval() for flag in (False, True))
+    ]
+    assert all(torch.equal(found[0][layer], found[1][layer]) for layer in found[0])
+
+
+def test_joint_mode_takes_a_consumer_that_is_called_at_two_sizes():
+    class TwoSizes(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second, self.head = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1), nn.Linear(4, 2)
+
+        def forward(self, x):
+            x = self.first(x).relu()
+            small = nn.functional.avg_pool2d(x, 2)
+            return self.head(self.second(x).mean((2, 3)) + self.second(small).mean((2, 3)))
+
+    torch.manual_seed(0)
+    net, images = TwoSizes().eval(), _images()
+    with torch.no_grad():
+        maps = net.first(images).relu()
+    together = torch.cat([maps.flatten(2), nn.functional.avg_pool2d(maps, 2).flatten(2)], -1)
+    found = joint_groups(net, ChannelGraph(net, images[:1]).groups, images.split(2)).scores["first"]
+    assert torch.allclose(found, joint_scores([Reader(together, range(4))], width=4), rtol=1e-9)
+    with pytest.raises(ValueError, match="at least one batch"):
+        joint_groups(net, [], [])

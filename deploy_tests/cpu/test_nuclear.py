@@ -70,6 +70,28 @@ def test_maps_too_wide_for_the_small_kernels_are_scored_alike(independence, shap
     _close(independence(maps), maps)
 
 
+@pytest.mark.parametrize("shape", [(2, 2), (7, 30), (16, 1024), (40, 40), (64, 64), (100, 100), (140, 150), (60, 20)])
+@pytest.mark.parametrize("kind", ["all ones", "two of a kind", "saturated", "half the image", "a tenth"])
+def test_maps_of_very_low_rank_score_as_the_definition_says(independence, shape, kind):
+    """What is left of a Gram matrix after its few true directions are gone is rounding, and must do no harm."""
+    noise = torch.rand(1, *shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    maps = {
+        "all ones": torch.ones(1, *shape),
+        "two of a kind": noise[:, :2].repeat(1, shape[0] // 2 + 1, 1)[:, : shape[0]],
+        "saturated": (6 + noise * (noise > 0.5) - 0.5).clamp(0, 6),
+        "half the image": (torch.arange(shape[1]) < shape[1] / 2).expand(1, *shape).double(),
+        "a tenth": torch.full((1, *shape), 0.1, dtype=torch.float32),
+    }[kind]
+    _close(independence(maps), maps)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [1e-40, 1e-30, 1e30, 1e38])
+def test_single_precision_maps_of_any_size_score_as_the_definition_says(independence, dtype, size):
+    maps = (_maps(17, 2, 12, 30) / 4 * size).to(dtype)
+    _close(independence(maps), maps)
+
+
 @pytest.mark.parametrize("distance", [1e-9, 1e-5])
 def test_nearly_duplicated_rows_score_as_the_definition_says(independence, distance):
     maps = _maps(11, 2, 20, 60)

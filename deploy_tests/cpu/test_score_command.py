@@ -11,6 +11,7 @@ from safetensors.torch import save
 
 from chip_deploy.chip.scores import ChannelScores, LayerEvidence
 from chip_deploy.pipeline.cli import main
+from chip_deploy.pipeline.recipe import ScoreSection
 from chip_deploy.pipeline.stages import load_pruned
 from chip_deploy.pipeline.tables import score_sentence, score_table
 
@@ -43,11 +44,15 @@ def test_the_table_has_a_row_a_group_with_images_stability_seconds_and_a_chart(t
     found = _score(tmp_path / "scores.safetensors")
     shown = capsys.readouterr().out
     assert max(len(line) for line in shown.splitlines() if not line.startswith(("Scores: ", "the dense"))) <= 80
-    for layer, vector in found.scores.items():
-        row = next(line.split() for line in shown.splitlines() if line.startswith(f"{layer} "))
+    lines = shown.splitlines()
+    head = next(n for n, line in enumerate(lines) if line.startswith("layer "))
+    rows = [line.split() for line in lines[head + 2 :] if "█" in line]
+    for row, (layer, vector) in zip(rows, found.scores.items(), strict=True):
+        assert layer.startswith(row[0])  # a long name goes on in the next line
         assert row[1] == str(len(vector))
         assert row[3] == str(found.layers[layer].images)
-        assert "█" in row[-1]
+        assert row[5] == ("yes" if found.layers[layer].settled else "no")
+        assert row[7].startswith("█")
     assert "scores.safetensors" in shown.splitlines()[-1]
 
 
@@ -57,7 +62,9 @@ def test_a_chart_falls_from_the_best_channel_to_the_worst():
     assert str(score_table(found).columns[-1]._cells[0]) == "█▄▂ "
     assert str(score_table(found, encoding="ascii").columns[-1]._cells[0]) == "#=: "
     assert str(score_table(found).columns[2]._cells[0]) == "1"  # one dead channel
-    assert "not as stable" in score_sentence(found)
+    assert "1 have not settled" in score_sentence(found, ScoreSection())
+    assert "There are no more images" in score_sentence(found, ScoreSection())
+    assert "score.max_images=N" in score_sentence(found, ScoreSection(images=9))
 
 
 def test_a_group_of_dead_channels_has_an_empty_chart():
@@ -97,7 +104,7 @@ def test_prune_takes_the_scores_and_keeps_the_best_channels_by_them(scores, tmp_
     [
         (["--model", "resnet32"], ["another model", "no such group", "chip-deploy score"]),
         (["--set", "seed=1"], ["another model", "other weights", "chip-deploy score"]),
-        (["--set", "score.joint=true"], ["by 'chip'", "'chip joint'"]),
+        (["--set", "score.joint=true"], ["by 'chip'", "'chip joint'", "Set score.joint=false"]),
     ],
 )
 def test_scores_of_another_model_are_refused_before_any_work(scores, change, words, tmp_path, capsys):
@@ -167,6 +174,42 @@ def test_a_gpu_that_is_not_there_is_refused(tmp_path, capsys):
     assert main(["score", *NET, "--set", "score.device=cuda", "--out", str(out)]) == 2
     assert "torch sees no usable GPU" in _error(capsys)
     assert not out.exists()
+
+
+def test_a_resumed_run_that_is_finished_notices_other_scores(scores, tmp_path, capsys):
+    file, out = tmp_path / "scores.safetensors", tmp_path / "bundle"
+    file.write_bytes(scores.read_bytes())
+    command = ["prune", *PRUNE, *SETTINGS, "--scores", str(file), "--out", str(out), "--resume"]
+    assert main(command) == 0
+    before = (out / "plan.json").read_text()
+    capsys.readouterr()
+    assert main(command) == 0
+    assert "nothing is left to do" in " ".join(capsys.readouterr().out.split())
+    found = ChannelScores.from_file(str(file))
+    flipped = {layer: vector.max() - vector for layer, vector in found.scores.items()}
+    file.write_bytes(ChannelScores(flipped, "chip", found.images, found.weights_sha256, found.layers).to_bytes())
+    assert main(command) == 0
+    assert (out / "plan.json").read_text() != before
+
+
+def test_scores_go_through_a_link_and_never_over_what_is_no_file(tmp_path, capsys):
+    (tmp_path / "link.safetensors").symlink_to(tmp_path / "real.safetensors")
+    _score(tmp_path / "link.safetensors")
+    assert (tmp_path / "link.safetensors").is_symlink()
+    assert (tmp_path / "real.safetensors").is_file()
+    os.mkfifo(tmp_path / "pipe")
+    capsys.readouterr()
+    for place in (tmp_path / "pipe", tmp_path):
+        assert main(["score", *NET, "--out", str(place)]) == 2
+        assert "is no file" in _error(capsys)
+    assert (tmp_path / "pipe").is_fifo()
+    assert main(["score", *NET, "--out", str(tmp_path / "nowhere" / "s.safetensors")]) == 2
+    assert "no such folder" in _error(capsys)
+
+
+def test_score_takes_no_scores(scores, tmp_path, capsys):
+    assert main(["score", *NET, "--set", f"score.file={scores}", "--out", str(tmp_path / "s")]) == 2
+    assert "score.file is for" in _error(capsys)
 
 
 def _torchrun(*arguments):

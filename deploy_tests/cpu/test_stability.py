@@ -59,6 +59,10 @@ def test_one_channel_may_always_change():
     rule = StoppingRule({"conv": 4}, overlap=0.95)
     assert rule.is_stable(_group(), {4: 0.75})
     assert not rule.is_stable(_group(), {4: 0.5})
+    for width in (3, 7, 19, 27):  # as a mean over channels rounds it
+        assert StoppingRule({"conv": width}, overlap=1).is_stable(_group(30), {width: (width - 1) / width})
+    atoms = tuple(tuple(range(4 * n, 4 * n + 4)) for n in range(5))
+    assert StoppingRule({"conv": 16}).is_stable(_group(atoms=atoms), {16: 0.75})
     assert not StoppingRule({"conv": 40}).is_stable(_group(64), {40: 0.94})
 
 
@@ -124,9 +128,9 @@ def test_a_settled_group_stops_paying_while_others_go_on():
 
 def test_nothing_is_settled_before_the_least_and_nothing_is_asked_after_the_most():
     criterion = Counting()
-    rule = StoppingRule({"0": 4, "2": 6}, overlap=1.0, confidence=0.999, least=32, most=96)
+    rule = StoppingRule({"0": 4, "2": 6}, overlap=1.0, confidence=0.999, least=40, most=96)
     found = _score(_noisy_net(), _images(400), rule, criterion)
-    assert all(32 <= layer.images <= 96 for layer in found.layers.values())
+    assert all(40 <= layer.images <= 96 for layer in found.layers.values())
     assert max(criterion.asked.values()) <= 96
 
 
