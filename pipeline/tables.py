@@ -57,6 +57,7 @@ def score_table(found: ChannelScores, *, encoding: str = "utf-8") -> Table:
     """
     table = plain_table("layer", "width", "dead", "images", "stable", "settled", "seconds", last="scores, falling")
     table.columns[-1].overflow, table.columns[-1].no_wrap = "crop", True
+    table.padding = (0, 1, 0, 0)  # every column counts where names are long
     for layer, vector in found.scores.items():
         on = found.layers.get(layer)
         table.add_row(
