@@ -20,12 +20,10 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic, models, register_model
 
-from .nuclear import NODES, SMALLEST
-
 # Shape letters: B images, C channels, P pixels, M = min(C, P), S = M rounded up to whole packs.
 
 LANES = 8
-assert NODES == 5 * LANES, "the kernels below are written for five packs of nodes"
+NODES, SMALLEST = 40, 1e-14  # as in `nuclear`; here too, because numba's cache notices changes of this file only
 WIDEST = 128
 """Above this M LAPACK's blocked reduction is the faster one."""
 _NOTHING = 1e-60  # far below what rounding leaves of rows that depend on others; tau squared must not overflow

@@ -98,7 +98,9 @@ def _compiled() -> ModuleType | None:
             importlib.import_module(package)
     except ImportError:  # not there, or not with this numpy
         return None
-    return importlib.import_module(".compiled", __package__)
+    compiled = importlib.import_module(".compiled", __package__)
+    assert (compiled.NODES, compiled.SMALLEST) == (NODES, SMALLEST), "the kernels are compiled for other nodes"
+    return compiled
 
 
 def _rows(maps: Tensor) -> Tensor:
