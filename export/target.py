@@ -9,9 +9,9 @@ import platform
 import re
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -77,6 +77,18 @@ class TensorType(NamedTuple):
     dtype: np.dtype
 
 
+class NodeLaps(NamedTuple):
+    """One node that a runtime executed, and its time in each lap.
+
+    `origin` is text in which the names of the ONNX nodes it stands for occur; empty for one that the runtime added.
+    """
+
+    name: str
+    operator: str
+    origin: str
+    laps_ms: list[float]
+
+
 class Session(Protocol):
     """An engine, or an ONNX file under the same settings, ready to run.
 
@@ -100,8 +112,46 @@ class Session(Protocol):
         """One execution on the bound inputs; returns when it is done."""
         ...
 
+    def profiled(self) -> ProfiledSession:
+        """A session of its own on the same engine, whose laps are timed node by node; this one is left as it is."""
+        ...
+
     def close(self) -> None:
         """Give back what the runtime holds; the session cannot be used afterwards."""
+        ...
+
+
+class ProfiledSession(Session, Protocol):
+    """A session in which the runtime notes the time of every node, which makes its laps a little longer."""
+
+    runtime: str
+    """What timed it, as a report names it: `onnxruntime 1.31.1, 1 thread`."""
+
+    def node_laps(self, laps: int) -> list[NodeLaps]:
+        """The nodes in the order they ran, with their times in the latest so many laps; no lap may follow."""
+        ...
+
+
+class RoundTrip(NamedTuple):
+    """One execution with its transfers, in ms: twice on the device's clock, once on the host's."""
+
+    compute_ms: float
+    with_transfers_ms: float
+    """From before the inputs are copied until the outputs are back."""
+    host_ms: float
+    """The same, as the caller sees it."""
+
+
+@runtime_checkable
+class DeviceTimer(Protocol):
+    """What a session offers besides, when its device has a clock of its own: CUDA events."""
+
+    def timed_lap_ms(self) -> float:
+        """One execution on the bound inputs, timed by the device; done when this returns."""
+        ...
+
+    def round_trip(self) -> RoundTrip:
+        """One execution with the inputs copied to the device before and the outputs copied back after it."""
         ...
 
 
@@ -184,6 +234,19 @@ class Target(ABC):
         _require_file(onnx_path, what="ONNX file")
         require_usable(self)
         return self._open_onnx(onnx_path)
+
+    def onnx_opener(self, onnx_path: Path) -> Callable[[], Session]:
+        """What opens a session on an ONNX file as `open_onnx` does, as often as it is called.
+
+        A runtime that compiles the file does so once, here, so that every session runs the same engine.
+        Raises: FileNotFoundError; TargetUnavailable; BuildFailed.
+        """
+        _require_file(onnx_path, what="ONNX file")
+        require_usable(self)
+        return self._onnx_opener(onnx_path)
+
+    def _onnx_opener(self, onnx_path: Path) -> Callable[[], Session]:
+        return lambda: self._open_onnx(onnx_path)
 
     @abstractmethod
     def _build(self, onnx_path: Path, engine_path: Path) -> Build: ...

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
+import json
 import platform
-from collections.abc import Mapping
+import tempfile
+from bisect import bisect_right
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +18,7 @@ from .errors import BuildFailed, MeasureFailed
 from .target import (
     Build,
     Engine,
+    NodeLaps,
     Session,
     Target,
     TargetSpec,
@@ -28,6 +33,9 @@ if TYPE_CHECKING:
 # onnxruntime's severities: 3 is "error". Below it lies the warning that a saved graph fits one kind of CPU only,
 # which the sidecar records and `cannot_run` checks.
 LOG_ERRORS_ONLY = 3
+# How onnxruntime ends the names of a profile's entries, and those of nodes that it moved to its blocked layout.
+KERNEL = "_kernel_time"
+BLOCKED = "_nchwc"
 DTYPES = {
     "tensor(float)": np.float32,
     "tensor(float16)": np.float16,
@@ -97,16 +105,26 @@ class OrtCpuTarget(Target):
         return self._session(onnx_path, optimise=True)
 
     def _session(self, path: Path, *, optimise: bool, save_to: Path | None = None) -> OrtSession:
-        import onnxruntime
-
         options = self._options(optimise=optimise)
         if save_to is not None:
             options.optimized_model_filepath = str(save_to)
+        profiled = functools.partial(self._profiled, path, optimise=optimise)
+        return OrtSession(_inference(path, options), name=str(path), profiled=profiled)
+
+    def _profiled(self, path: Path, *, optimise: bool) -> ProfiledOrtSession:
         try:
-            session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        except foreign_errors() as err:
-            raise BuildFailed(f"{path}: onnxruntime {_version()} cannot open it: {_first_line(err)}") from err
-        return OrtSession(session, name=str(path))
+            folder = tempfile.TemporaryDirectory(prefix="chip-deploy-profile-")
+        except OSError as err:
+            raise MeasureFailed(f"there is no folder for a profile ({err}). Set TMPDIR to one.") from err
+        options = self._options(optimise=optimise)
+        options.enable_profiling = True
+        options.profile_file_prefix = str(Path(folder.name) / "profile")
+        try:
+            session = _inference(path, options)
+        except BuildFailed:
+            folder.cleanup()
+            raise
+        return ProfiledOrtSession(session, name=str(path), folder=folder, threads=self.threads)
 
     def _options(self, *, optimise: bool) -> onnxruntime.SessionOptions:
         import onnxruntime
@@ -124,9 +142,16 @@ class OrtCpuTarget(Target):
 class OrtSession:
     """A graph that onnxruntime has loaded. Inputs and outputs keep their buffers from lap to lap."""
 
-    def __init__(self, session: onnxruntime.InferenceSession, *, name: str) -> None:
+    def __init__(
+        self,
+        session: onnxruntime.InferenceSession,
+        *,
+        name: str,
+        profiled: Callable[[], ProfiledOrtSession] | None = None,
+    ) -> None:
         self._session: onnxruntime.InferenceSession | None = session
         self._name = name
+        self._profiled = profiled
         self._binding: onnxruntime.IOBinding | None = None
         self._expected = {node.name: _tensor_type(node) for node in session.get_inputs()}
         self.input_names = list(self._expected)
@@ -160,6 +185,12 @@ class OrtSession:
         """One execution on the bound inputs. Raises: MeasureFailed when nothing is bound."""
         self._execute(self._bound())
 
+    def profiled(self) -> ProfiledOrtSession:
+        """A session of its own on the same file, whose laps are timed node by node. Raises: BuildFailed."""
+        if self._profiled is None:
+            raise MeasureFailed(f"{self._name}: this session is profiled already. Close it and open another.")
+        return self._profiled()
+
     def outputs(self) -> dict[str, np.ndarray]:
         """The outputs of the latest execution, by name, as copies."""
         values = self._bound().get_outputs()
@@ -187,11 +218,88 @@ class OrtSession:
         return self._binding
 
 
+class ProfiledOrtSession(OrtSession):
+    """A graph whose nodes onnxruntime times, to the microsecond; it writes them to a file when it is asked."""
+
+    def __init__(
+        self,
+        session: onnxruntime.InferenceSession,
+        *,
+        name: str,
+        folder: tempfile.TemporaryDirectory[str],
+        threads: int,
+    ) -> None:
+        super().__init__(session, name=name)
+        self._folder = folder
+        self.runtime = f"onnxruntime {_version()}, {threads} thread{'s' if threads > 1 else ''}"
+
+    def node_laps(self, laps: int) -> list[NodeLaps]:
+        """The nodes in the order they ran, with their times in the latest so many laps; no lap may follow.
+
+        Raises: MeasureFailed when onnxruntime's file cannot be read, as on a full disk, or holds fewer laps.
+        """
+        path = Path(self._open_session().end_profiling())
+        try:
+            nodes = read_trace(json.loads(path.read_text(encoding="utf-8")), laps=laps)
+        except (OSError, ValueError, KeyError, TypeError) as err:
+            raise MeasureFailed(
+                f"{self._name}: onnxruntime {_version()} wrote no profile that can be read ({err}). "
+                f"Look for free space in {path.parent.parent}."
+            ) from err
+        self.close()
+        return nodes
+
+    def close(self) -> None:
+        """Give back the graph, its buffers and the file of times."""
+        if self._session is not None:
+            self._session.end_profiling()
+        super().close()
+        self._folder.cleanup()
+
+
+def read_trace(events: list[dict[str, Any]], *, laps: int) -> list[NodeLaps]:
+    """The nodes of onnxruntime's JSON trace in the order they ran, with their times in its latest `laps` laps.
+
+    A node that runs several times in a lap counts as one; one that a lap leaves out counts 0 there.
+    Raises: ValueError when the trace holds fewer laps.
+    """
+    runs = sorted((event["ts"], event["dur"]) for event in events if event["name"] == "model_run")
+    if len(runs) < laps:
+        raise ValueError(f"{len(runs)} laps instead of {laps}")
+    runs = runs[len(runs) - laps :]
+    starts = [start for start, _ in runs]
+    nodes: dict[str, NodeLaps] = {}
+    for event in sorted(events, key=lambda event: event["ts"]):
+        lap = bisect_right(starts, event["ts"]) - 1
+        if event["cat"] != "Node" or not event["name"].endswith(KERNEL) or lap < 0:
+            continue
+        name = event["name"].removesuffix(KERNEL)
+        node = nodes.setdefault(name, _node_laps(name, event["args"].get("op_name", ""), laps))
+        node.laps_ms[lap] += event["dur"] / 1e3
+    return list(nodes.values())
+
+
 def foreign_errors() -> tuple[type[Exception], ...]:
     """Every exception that onnxruntime's own code raises; they share no base class but Exception."""
     state = importlib.import_module("onnxruntime.capi.onnxruntime_pybind11_state")
     own = [kind for kind in vars(state).values() if isinstance(kind, type) and issubclass(kind, Exception)]
     return (*own, RuntimeError)
+
+
+def _inference(path: Path, options: onnxruntime.SessionOptions) -> onnxruntime.InferenceSession:
+    """Raises: BuildFailed with onnxruntime's own words when it cannot open the file."""
+    import onnxruntime
+
+    try:
+        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except foreign_errors() as err:
+        raise BuildFailed(f"{path}: onnxruntime {_version()} cannot open it: {_first_line(err)}") from err
+
+
+def _node_laps(name: str, operator: str, laps: int) -> NodeLaps:
+    """A node without times yet; its name is that of the ONNX node, or of the last tensor of those fused into it."""
+    origin = name.removesuffix(BLOCKED)
+    return NodeLaps(name, operator if origin == name else f"{operator} (blocked)", origin, [0.0] * laps)
 
 
 def _require_same_outputs(optimised: OrtSession, reopened: OrtSession, onnx_path: Path) -> None:

@@ -7,12 +7,16 @@ digest has been compared with its sidecar.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import importlib
 import importlib.util
+import json
+import re
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +27,8 @@ from .target import (
     CAPABILITIES,
     Build,
     Engine,
+    NodeLaps,
+    RoundTrip,
     Session,
     Target,
     TensorType,
@@ -38,6 +44,8 @@ PORTABLE_FROM = 120
 CUDA_RUNTIME_NAMES = ("cuda.bindings.runtime", "cuda.cudart")
 CU_COMPUTE_CAPABILITY_MAJOR = 75
 CU_COMPUTE_CAPABILITY_MINOR = 76
+# Kinds of layers that TensorRT adds to bring data into another layout; their names hold those of their neighbours.
+REFORMATTING = ("Reformat", "NoOp")
 
 
 class Gpu(NamedTuple):
@@ -100,12 +108,16 @@ class TensorRTTarget(Target):
         )
 
     def _open_onnx(self, onnx_path: Path) -> Session:
+        return self._onnx_opener(onnx_path)()
+
+    def _onnx_opener(self, onnx_path: Path) -> Callable[[], Session]:
+        """Sessions on one engine: two builds of one file may choose other kernels, and take their time."""
         gpu = find_gpu()
         if isinstance(gpu, str):
             raise TargetUnavailable(f"{onnx_path}: cannot run on target '{self.spec}': {gpu}. Run it on the device.")
         trt = self._runtime()
         plan, _ = self._plan(trt, onnx_path)
-        return TrtSession(trt, load_cudart(), plan, name=str(onnx_path))
+        return lambda: TrtSession(trt, load_cudart(), plan, name=str(onnx_path))
 
     @property
     def _ahead_of_time(self) -> bool:
@@ -174,17 +186,16 @@ class TensorRTTarget(Target):
 class TrtSession:
     """A deserialised engine with its own stream; inputs and outputs stay in device memory from lap to lap."""
 
-    def __init__(self, trt: Any, cudart: Any, plan: Any, *, name: str) -> None:
+    def __init__(self, trt: Any, cudart: Any, plan: Any, *, name: str, opened: TrtSession | None = None) -> None:
+        """A session on `plan`, or a second one on the engine that `opened` holds and must keep."""
         self._trt, self._cudart, self._name = trt, cudart, name
         self._log = collecting_logger(trt)
         self._buffers: dict[str, DeviceBuffer] = {}
+        self._staging: dict[str, DeviceBuffer] = {}
+        self._events: list[Any] = []
         self._bound = False
-        self._runtime: Any = _construct(
-            trt.Runtime,
-            self._log,
-            what=f"{name}: {trt.__name__} {trt.__version__} cannot run",
-        )
-        self._engine: Any = self._made(self._runtime.deserialize_cuda_engine(plan), what="read the engine")
+        self._runtime: Any = opened._runtime if opened else self._made_runtime()
+        self._engine: Any = opened._engine if opened else self._made_engine(plan)
         self._context: Any = self._made(self._engine.create_execution_context(), what="make an execution context")
         modes = {tensor: self._engine.get_tensor_mode(tensor) for tensor in self._tensor_names()}
         self._expected = {
@@ -202,6 +213,12 @@ class TrtSession:
         self.lap()
         return self.outputs()
 
+    def profiled(self) -> ProfiledTrtSession:
+        """A session of its own on the same engine, whose laps are timed layer by layer. Raises: MeasureFailed."""
+        if self._context is None:
+            raise MeasureFailed(f"{self._name}: the session is closed. Open it again.")
+        return ProfiledTrtSession(self)
+
     def bind(self, feeds: Mapping[str, Any]) -> None:
         """Copy `feeds` to the device and give every input and output its address there.
 
@@ -210,6 +227,7 @@ class TrtSession:
         self._bound = False
         if self._context is None:
             raise MeasureFailed(f"{self._name}: the session is closed. Open it again.")
+        self._free_staging()
         for name, array in checked_feeds(feeds, self._expected).items():
             if not self._context.set_input_shape(name, array.shape):
                 raise ValueError(f"input '{name}': shape {array.shape} given, {self._profile_text(name)} expected.")
@@ -229,11 +247,40 @@ class TrtSession:
 
     def lap(self) -> None:
         """One execution on the bound inputs, done when this returns. Raises: MeasureFailed."""
-        if not self._bound:
-            raise MeasureFailed(f"{self._name}: no inputs are bound. Call bind first.")
-        if not self._context.execute_async_v3(int(self._stream)):
-            raise MeasureFailed(f"{self._name}: {self._trt.__name__} cannot run it: {self._log.text()}.")
+        self._execute()
         self._synchronise()
+
+    def timed_lap_ms(self) -> float:
+        """One execution on the bound inputs, done when this returns: its ms between two CUDA events.
+
+        Raises: MeasureFailed.
+        """
+        begun, ended = self._first_events(2)
+        self._record(begun)
+        self._execute()
+        self._record(ended)
+        self._synchronise()
+        return self._elapsed_ms(begun, ended)
+
+    def round_trip(self) -> RoundTrip:
+        """One execution with its inputs copied from pinned host memory before, and its outputs copied there after.
+
+        Raises: MeasureFailed.
+        """
+        self._require_bound()
+        arrived, executed, begun, ended = self._first_events(4)
+        self._stage()
+        host_ns = time.perf_counter_ns()
+        self._record(begun)
+        self._copy_all(self.input_names, "cudaMemcpyHostToDevice")
+        self._record(arrived)
+        self._execute()
+        self._record(executed)
+        self._copy_all(self.output_names, "cudaMemcpyDeviceToHost")
+        self._record(ended)
+        self._synchronise()
+        host_ms = (time.perf_counter_ns() - host_ns) / 1e6
+        return RoundTrip(self._elapsed_ms(arrived, executed), self._elapsed_ms(begun, ended), host_ms)
 
     def outputs(self) -> dict[str, np.ndarray]:
         """The outputs of the latest execution, by name, copied from the device."""
@@ -255,10 +302,23 @@ class TrtSession:
         self._bound = False
         for buffer in self._buffers.values():
             self._cuda("cudaFree", buffer.address)
-        self._buffers = {}
+        self._free_staging()
+        for event in self._events:
+            self._cuda("cudaEventDestroy", event)
+        self._buffers, self._events = {}, []
         if self._stream is not None:
             self._cuda("cudaStreamDestroy", self._stream)
         self._stream = self._context = self._engine = self._runtime = None
+
+    def _made_runtime(self) -> Any:
+        return _construct(
+            self._trt.Runtime,
+            self._log,
+            what=f"{self._name}: {self._trt.__name__} {self._trt.__version__} cannot run",
+        )
+
+    def _made_engine(self, plan: Any) -> Any:
+        return self._made(self._runtime.deserialize_cuda_engine(plan), what="read the engine")
 
     def _tensor_names(self) -> list[str]:
         return [self._engine.get_tensor_name(index) for index in range(self._engine.num_io_tensors)]
@@ -288,6 +348,52 @@ class TrtSession:
             self._buffers[name] = DeviceBuffer(int(self._cuda("cudaMalloc", size)), size)
         self._context.set_tensor_address(name, self._buffers[name].address)
 
+    def _stage(self) -> None:
+        """Pinned host memory beside every tensor on the device; that of an input holds what is bound."""
+        for name in () if self._staging else (*self.input_names, *self.output_names):
+            device, size = self._buffers[name]
+            self._staging[name] = DeviceBuffer(int(self._cuda("cudaMallocHost", size)), size)
+            if name in self._expected:
+                self._copy(self._staging[name].address, device, size, "cudaMemcpyDeviceToHost")
+        self._synchronise()
+
+    def _free_staging(self) -> None:
+        for buffer in self._staging.values():
+            self._cuda("cudaFreeHost", buffer.address)
+        self._staging = {}
+
+    def _copy_all(self, names: list[str], kind: str) -> None:
+        """Tensors from pinned host memory to the device, or back, as many bytes as the bound batch has."""
+        for name in names:
+            host, device, size = self._staging[name].address, self._buffers[name].address, self._bound_bytes(name)
+            to, origin = (device, host) if kind == "cudaMemcpyHostToDevice" else (host, device)
+            self._copy(to, origin, size, kind)
+
+    def _bound_bytes(self, name: str) -> int:
+        return _bytes(self._tensor_type(name)._replace(shape=tuple(self._context.get_tensor_shape(name))))
+
+    def _execute(self) -> None:
+        """One execution is on its way on the session's stream. Raises: MeasureFailed."""
+        self._require_bound()
+        if not self._context.execute_async_v3(int(self._stream)):
+            raise MeasureFailed(f"{self._name}: {self._trt.__name__} cannot run it: {self._log.text()}.")
+
+    def _require_bound(self) -> None:
+        if not self._bound:
+            raise MeasureFailed(f"{self._name}: no inputs are bound. Call bind first.")
+
+    def _first_events(self, count: int) -> list[Any]:
+        """So many of the session's CUDA events, made where they are not there yet."""
+        while len(self._events) < count:
+            self._events.append(self._cuda("cudaEventCreate"))
+        return self._events[:count]
+
+    def _record(self, event: Any) -> None:
+        self._cuda("cudaEventRecord", event, self._stream)
+
+    def _elapsed_ms(self, begun: Any, ended: Any) -> float:
+        return float(self._cuda("cudaEventElapsedTime", begun, ended))
+
     def _copy(self, to: int, origin: int, size: int, kind: str) -> None:
         self._cuda(
             "cudaMemcpyAsync",
@@ -315,6 +421,50 @@ class TrtSession:
             package, version = self._trt.__name__, self._trt.__version__
             raise BuildFailed(f"{self._name}: {package} {version} cannot {what}: {self._log.text()}.")
         return thing
+
+
+class ProfiledTrtSession(TrtSession):
+    """A second execution context of an engine, in which TensorRT tells the time of every layer after each lap."""
+
+    def __init__(self, session: TrtSession) -> None:
+        super().__init__(session._trt, session._cudart, None, name=session._name, opened=session)
+        self.runtime = f"{self._trt.__name__} {self._trt.__version__}"
+        self._timer = layer_timer(self._trt)
+        self._context.profiler = self._timer
+
+    def lap(self) -> None:
+        """One execution on the bound inputs, done and noted down when this returns. Raises: MeasureFailed."""
+        self._timer.laps.append({})
+        super().lap()
+
+    def node_laps(self, laps: int) -> list[NodeLaps]:
+        """The layers in the order they ran, with their times in the latest so many laps.
+
+        Raises: MeasureFailed when TensorRT has told nothing of so many.
+        """
+        told = self._timer.laps[-laps:]
+        if len(told) < laps or not all(told):
+            raise MeasureFailed(
+                f"{self._name}: {self._trt.__name__} {self._trt.__version__} told the layers' times of "
+                f"{sum(map(bool, told))} laps instead of {laps}. Use another version."
+            )
+        layers = self._layer_information()
+        names = dict.fromkeys(name for lap in told for name in lap)
+        return [_node_laps(name, layers.get(name, {}), [lap.get(name, 0.0) for lap in told]) for name in names]
+
+    def _layer_information(self) -> dict[str, dict[str, Any]]:
+        """What TensorRT knows of each layer, by its name; empty for an engine that keeps names only."""
+        inspector = self._engine.create_engine_inspector()
+        inspector.execution_context = self._context
+        layers = {}
+        for index in range(self._engine.num_layers):
+            text = inspector.get_layer_information(index, self._trt.LayerInformationFormat.JSON)
+            # TensorRT parts the names of fused nodes by control characters, which strict JSON does not have.
+            with contextlib.suppress(json.JSONDecodeError):
+                information = json.loads(text, strict=False)
+                if isinstance(information, dict):
+                    layers[information.get("Name", "")] = information
+        return layers
 
 
 class DeviceBuffer(NamedTuple):
@@ -381,6 +531,29 @@ def collecting_logger(trt: Any) -> Any:
             return list(dict.fromkeys(line for kind, line in self.lines if kind not in errors))
 
     return CollectingLogger()
+
+
+def layer_timer(trt: Any) -> Any:
+    """A profiler for `trt` that keeps what it is told: `laps` holds the ms of every layer in every lap."""
+
+    class LayerTimer(trt.IProfiler):
+        def __init__(self) -> None:
+            trt.IProfiler.__init__(self)
+            self.laps: list[dict[str, float]] = []
+
+        def report_layer_time(self, layer_name: str, ms: float) -> None:
+            self.laps[-1][layer_name] = self.laps[-1].get(layer_name, 0.0) + ms
+
+    return LayerTimer()
+
+
+def _node_laps(name: str, information: dict[str, Any], laps_ms: list[float]) -> NodeLaps:
+    """A layer with the ONNX nodes that TensorRT notes as its origin; without such notes its name has to tell."""
+    kind = str(information.get("LayerType", ""))
+    if kind in REFORMATTING or name.startswith("Reformatting CopyNode"):
+        return NodeLaps(name, "reformat", "", laps_ms)
+    noted = re.findall(r"\[ONNX Layer: ([^\]]+)\]", str(information.get("Metadata", "")))
+    return NodeLaps(name, kind or "layer", " + ".join(noted) or name, laps_ms)
 
 
 def _parse(trt: Any, network: Any, log: Any, onnx_path: Path) -> None:

@@ -175,6 +175,87 @@ def test_a_free_batch_runs_with_any_number_of_images(net: nn.Module, tmp_path: P
     np.testing.assert_allclose(together, np.concatenate(alone), atol=1e-6)
 
 
+def test_a_profiled_session_computes_the_same_and_times_every_node(session: OrtSession) -> None:
+    expected = session.run({"input": image()})["output"]
+    profiled = session.profiled()
+    assert np.array_equal(profiled.run({"input": image()})["output"], expected)
+    for _ in range(5):
+        profiled.lap()
+    nodes = profiled.node_laps(4)
+    graph = onnx.load(session._name).graph
+    assert [node.name for node in nodes] == [node.name for node in graph.node]
+    assert all(len(node.laps_ms) == 4 for node in nodes)
+    assert sum(sum(node.laps_ms) for node in nodes) > 0
+
+
+def test_a_profiled_lap_is_what_onnxruntime_itself_wrote_down(
+    session: OrtSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[list[dict]] = []
+    read = target_ort.json.loads
+    monkeypatch.setattr(target_ort.json, "loads", lambda text: written.append(read(text)) or written[-1])
+    profiled = session.profiled()
+    profiled.bind({"input": image()})
+    for _ in range(3):
+        profiled.lap()
+    nodes = profiled.node_laps(3)
+    runs = sorted(event["ts"] for event in written[0] if event["name"] == "model_run")
+    kernels = [
+        event["dur"] for event in written[0] if event["name"].endswith("_kernel_time") and event["ts"] >= runs[-3]
+    ]
+    assert sum(sum(node.laps_ms) for node in nodes) == pytest.approx(sum(kernels) / 1e3)
+
+
+def test_the_measured_session_is_not_profiled(session: OrtSession) -> None:
+    session.profiled().close()
+    assert session._open_session().get_session_options().enable_profiling is False
+
+
+@pytest.mark.parametrize("ending", ["closed", "read", "closed unused"])
+def test_a_profile_leaves_no_file_behind(session: OrtSession, tmp_path: Path, ending: str) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(target_ort.tempfile, "tempdir", str(tmp_path))
+        profiled = session.profiled()
+        assert list(tmp_path.iterdir()) != []
+        if ending != "closed unused":
+            profiled.run({"input": image()})
+        if ending == "read":
+            profiled.node_laps(1)
+        profiled.close()
+        profiled.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_profile_that_cannot_be_read_is_one_sentence(session: OrtSession, tmp_path: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(target_ort.tempfile, "tempdir", str(tmp_path))
+        profiled = session.profiled()
+    profiled.run({"input": image()})
+    path = Path(profiled._open_session().end_profiling())
+    path.write_bytes(path.read_bytes()[:100])
+    profiled._session = type("Ended", (), {"end_profiling": lambda self: str(path)})()
+    with pytest.raises(
+        MeasureFailed, match=r"wrote no profile that can be read \(.+\)\. Look for free space in"
+    ) as caught:
+        profiled.node_laps(1)
+    assert "\n" not in str(caught.value)
+    profiled.close()
+
+
+def test_a_profile_is_silent(session: OrtSession, capfd: pytest.CaptureFixture[str]) -> None:
+    profiled = session.profiled()
+    profiled.run({"input": image()})
+    profiled.node_laps(1)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_profiled_session_is_not_profiled_again(session: OrtSession) -> None:
+    profiled = session.profiled()
+    with pytest.raises(MeasureFailed, match="is profiled already"):
+        profiled.profiled()
+    profiled.close()
+
+
 def test_a_lap_before_binding_is_refused(session: OrtSession) -> None:
     with pytest.raises(MeasureFailed, match=r"no inputs are bound\. Call bind first"):
         session.lap()

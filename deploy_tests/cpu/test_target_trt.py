@@ -5,6 +5,7 @@ import ctypes
 import importlib
 import importlib.util
 import inspect
+import json
 import subprocess
 import sys
 import time
@@ -258,6 +259,9 @@ def bindings(trt: Any) -> dict[str, Any]:
         "self._runtime": trt.Runtime,
         "self._engine": trt.ICudaEngine,
         "self._context": trt.IExecutionContext,
+        "self._trt": trt,
+        "self._trt.LayerInformationFormat": trt.LayerInformationFormat,
+        "inspector": trt.EngineInspector,
     }
 
 
@@ -313,8 +317,15 @@ class DeviceStandIn:
     cudaError_t = SimpleNamespace(cudaSuccess=0)
     cudaMemcpyKind = SimpleNamespace(cudaMemcpyHostToDevice=1, cudaMemcpyDeviceToHost=2)
 
+    # What work takes on this device, in ms.
+    COPY_MS = 0.25
+    EXECUTION_MS = 2.0
+
     def __init__(self, *, memory: int = 1 << 20) -> None:
         self.free = memory
+        self.now_ms = 0.0
+        self.pinned: dict[int, ctypes.Array[ctypes.c_char]] = {}
+        self.events: dict[int, float | None] = {}
         self.held: dict[int, ctypes.Array[ctypes.c_char]] = {}
         self.waiting: list[Callable[[], object]] = []
         self.streams: set[int] = set()
@@ -336,8 +347,8 @@ class DeviceStandIn:
 
     def cudaStreamCreateWithFlags(self, flags: int) -> tuple[int, int]:
         assert flags == self.cudaStreamNonBlocking
-        self.streams.add(self.STREAM)
-        return 0, self.STREAM
+        self.streams.add(self.STREAM + len(self.streams))
+        return 0, max(self.streams)
 
     def cudaStreamDestroy(self, stream: int) -> tuple[int]:
         self.streams.remove(stream)
@@ -347,8 +358,40 @@ class DeviceStandIn:
         device = to if kind == self.cudaMemcpyKind.cudaMemcpyHostToDevice else origin
         assert size <= len(self.held[device]), "copy outside of device memory"
         assert stream in self.streams
-        self.waiting.append(lambda: ctypes.memmove(to, origin, size))
+        self.waiting.append(lambda: self._copy(to, origin, size))
         return (0,)
+
+    def _copy(self, to: int, origin: int, size: int) -> None:
+        ctypes.memmove(to, origin, size)
+        self.now_ms += self.COPY_MS
+
+    def cudaMallocHost(self, size: int) -> tuple[int, int]:
+        block = ctypes.create_string_buffer(size)
+        self.pinned[ctypes.addressof(block)] = block
+        return 0, ctypes.addressof(block)
+
+    def cudaFreeHost(self, address: int) -> tuple[int]:
+        del self.pinned[address]
+        return (0,)
+
+    def cudaEventCreate(self) -> tuple[int, int]:
+        self.events[len(self.events)] = None
+        return 0, len(self.events) - 1
+
+    def cudaEventDestroy(self, event: int) -> tuple[int]:
+        del self.events[event]
+        return (0,)
+
+    def cudaEventRecord(self, event: int, stream: int) -> tuple[int]:
+        assert stream in self.streams
+        self.waiting.append(lambda: self.events.__setitem__(event, self.now_ms))
+        return (0,)
+
+    def cudaEventElapsedTime(self, begun: int, ended: int) -> tuple[int, float]:
+        times = self.events[begun], self.events[ended]
+        assert times[0] is not None, "the stream was not synchronised"
+        assert times[1] is not None, "the stream was not synchronised"
+        return 0, times[1] - times[0]
 
     def cudaStreamSynchronize(self, stream: int) -> tuple[int]:
         assert stream in self.streams
@@ -367,6 +410,8 @@ class ContextStandIn:
         self.addresses: dict[str, int] = {}
         self.executions = 0
         self.broken = False
+        self.profiler: Any = None
+        self.times = {"conv + relu": 0.25, "Reformatting CopyNode for Input Tensor 0 to head": 0.125, "head": 0.5}
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
         assert name == "input"
@@ -384,12 +429,15 @@ class ContextStandIn:
         return True
 
     def execute_async_v3(self, stream: int) -> bool:
-        assert stream == self.device.STREAM, "the default stream synchronises more than it has to"
+        assert stream in self.device.streams, "the default stream synchronises more than it has to"
         self.device.waiting.append(self._double)
+        for layer, ms in self.times.items() if self.profiler else ():
+            self.profiler.report_layer_time(layer, ms * (self.executions + 1))
         return not self.broken
 
     def _double(self) -> None:
         self.executions += 1
+        self.device.now_ms += self.device.EXECUTION_MS
         values = [
             np.frombuffer(memoryview(self.device.held[self.addresses[name]]), np.float32)
             for name in ("input", "output")
@@ -402,12 +450,27 @@ class EngineStandIn:
     """A deserialised engine with one input and one output, both of a free batch."""
 
     num_io_tensors = 2
+    num_layers = 3
 
     def __init__(self, context: ContextStandIn) -> None:
         self.context = context
+        self.contexts = 0
+        self.layers = [
+            {
+                "Name": "conv + relu",
+                "LayerType": "CaskConvolution",
+                "Metadata": "[ONNX Layer: node_conv]\x1f[ONNX Layer: node_relu]",
+            },
+            {"Name": "Reformatting CopyNode for Input Tensor 0 to head", "LayerType": "Reformat", "Metadata": ""},
+            {"Name": "head", "LayerType": "gemm", "Metadata": "[ONNX Layer: node_linear]"},
+        ]
 
     def create_execution_context(self) -> ContextStandIn:
-        return self.context
+        self.contexts += 1
+        return self.context if self.contexts == 1 else ContextStandIn(self.context.device)
+
+    def create_engine_inspector(self) -> "InspectorStandIn":
+        return InspectorStandIn(self.layers)
 
     def get_tensor_name(self, index: int) -> str:
         return ("input", "output")[index]
@@ -425,6 +488,23 @@ class EngineStandIn:
         return [(1, 3), (1, 3), (4, 3)]
 
 
+class InspectorStandIn:
+    """What tells about an engine's layers, in JSON that holds bare control characters."""
+
+    execution_context: Any = None
+
+    def __init__(self, layers: list[Any]) -> None:
+        self.layers = layers
+
+    def get_layer_information(self, index: int, kind: str) -> str:
+        assert kind == "JSON"
+        return json.dumps(self.layers[index]).replace("\\u001f", "\x1f")
+
+
+class ProfilerStandIn:
+    """What a profiler inherits from."""
+
+
 class LoggerStandIn:
     """What a logger inherits from."""
 
@@ -438,6 +518,8 @@ def session_on_a_stand_in(device: DeviceStandIn | None = None) -> TrtSession:
         __name__="tensorrt",
         __version__="10.3",
         ILogger=LoggerStandIn,
+        IProfiler=ProfilerStandIn,
+        LayerInformationFormat=SimpleNamespace(JSON="JSON"),
         Runtime=lambda log: SimpleNamespace(deserialize_cuda_engine=lambda plan: engine if plan else None),
         TensorIOMode=SimpleNamespace(INPUT="INPUT"),
         nptype=lambda dtype: {"FLOAT": np.float32}[dtype],
@@ -448,9 +530,14 @@ def session_on_a_stand_in(device: DeviceStandIn | None = None) -> TrtSession:
 @needs_rtx
 def test_the_stand_ins_have_no_name_that_the_real_bindings_lack() -> None:
     trt = importlib.import_module("tensorrt_rtx")
-    pairs = [(EngineStandIn, trt.ICudaEngine), (ContextStandIn, trt.IExecutionContext), (DeviceStandIn, load_cudart())]
+    pairs = [
+        (EngineStandIn, trt.ICudaEngine),
+        (ContextStandIn, trt.IExecutionContext),
+        (InspectorStandIn, trt.EngineInspector),
+        (DeviceStandIn, load_cudart()),
+    ]
     for stand_in, real in pairs:
-        names = [name for name in vars(stand_in) if not name.startswith("_") and name != "STREAM"]
+        names = [name for name in vars(stand_in) if not name.startswith("_") and not name.isupper()]
         assert [name for name in names if not hasattr(real, name)] == []
 
 
@@ -479,6 +566,50 @@ def test_each_lap_is_one_execution_that_is_done_when_it_returns() -> None:
     for lap in range(1, 4):
         session.lap()
         assert session._context.executions == lap
+
+
+def test_a_timed_lap_takes_what_the_device_says_between_two_events() -> None:
+    session = session_on_a_stand_in()
+    session.bind({"input": np.ones((1, 3), np.float32)})
+    assert session.timed_lap_ms() == DeviceStandIn.EXECUTION_MS
+    assert session._context.executions == 1
+
+
+def test_a_round_trip_tells_the_execution_from_the_copies_around_it() -> None:
+    session = session_on_a_stand_in()
+    session.bind({"input": np.ones((2, 3), np.float32)})
+    for _ in range(2):
+        trip = session.round_trip()
+        # One input and one output.
+        assert (trip.compute_ms, trip.with_transfers_ms) == (2.0, 2.0 + 2 * DeviceStandIn.COPY_MS)
+        assert trip.host_ms > 0
+
+
+def test_a_round_trip_brings_what_is_bound_now_and_its_outputs_back() -> None:
+    device = DeviceStandIn()
+    session = session_on_a_stand_in(device)
+    for value in (1.0, 3.0):
+        session.bind({"input": np.full((1, 3), value, np.float32)})
+        session.round_trip()
+        outputs = [np.frombuffer(memoryview(block), np.float32) for block in device.pinned.values()]
+        assert np.array_equal(np.sort(np.concatenate(outputs)), [value] * 3 + [2 * value] * 3)
+        assert np.array_equal(session.outputs()["output"], [[2 * value] * 3])
+
+
+def test_a_round_trip_before_binding_is_refused() -> None:
+    with pytest.raises(MeasureFailed, match=r"no inputs are bound\. Call bind first"):
+        session_on_a_stand_in().round_trip()
+
+
+def test_closing_gives_back_events_and_pinned_memory_too() -> None:
+    device = DeviceStandIn()
+    session = session_on_a_stand_in(device)
+    session.bind({"input": np.ones((1, 3), np.float32)})
+    session.round_trip()
+    assert device.events
+    assert device.pinned
+    session.close()
+    assert (device.events, device.pinned, device.held) == ({}, {}, {})
 
 
 def test_bound_inputs_stay_on_the_device_whatever_happens_to_the_array() -> None:
@@ -530,6 +661,70 @@ def test_a_closed_session_is_refused() -> None:
 def test_a_lap_before_binding_is_refused() -> None:
     with pytest.raises(MeasureFailed, match=r"no inputs are bound\. Call bind first"):
         session_on_a_stand_in().lap()
+
+
+def profiled_on_a_stand_in() -> target_trt.ProfiledTrtSession:
+    profiled = session_on_a_stand_in().profiled()
+    profiled.bind({"input": np.ones((1, 3), np.float32)})
+    for _ in range(3):
+        profiled.lap()
+    return profiled
+
+
+def test_a_profiled_session_tells_each_layer_with_its_times_in_the_latest_laps() -> None:
+    layers = profiled_on_a_stand_in().node_laps(2)
+    assert [(layer.name, layer.laps_ms) for layer in layers] == [
+        ("conv + relu", [0.5, 0.75]),
+        ("Reformatting CopyNode for Input Tensor 0 to head", [0.25, 0.375]),
+        ("head", [1.0, 1.5]),
+    ]
+
+
+def test_a_layer_knows_the_onnx_nodes_it_was_made_of_and_a_reformat_has_none() -> None:
+    layers = profiled_on_a_stand_in().node_laps(1)
+    assert [(layer.operator, layer.origin) for layer in layers] == [
+        ("CaskConvolution", "node_conv + node_relu"),
+        ("reformat", ""),
+        ("gemm", "node_linear"),
+    ]
+
+
+@pytest.mark.parametrize("layers", [["conv + relu", "x", "head"], [{}, {}, {}]], ids=["names only", "nothing"])
+def test_without_notes_on_its_origin_a_layer_goes_by_its_name(layers: list[Any]) -> None:
+    profiled = profiled_on_a_stand_in()
+    profiled._engine.layers = layers
+    told = [(layer.operator, layer.origin) for layer in profiled.node_laps(1)]
+    assert told == [("layer", "conv + relu"), ("reformat", ""), ("layer", "head")]
+
+
+def test_a_profiled_session_leaves_the_measured_one_as_it_is() -> None:
+    session = session_on_a_stand_in()
+    session.bind({"input": np.ones((1, 3), np.float32)})
+    profiled = session.profiled()
+    assert profiled._context is not session._context
+    assert session._context.profiler is None
+    profiled.close()
+    session.lap()
+    assert np.array_equal(session.outputs()["output"], [[2, 2, 2]])
+
+
+def test_a_profiler_that_was_told_nothing_is_one_sentence() -> None:
+    profiled = profiled_on_a_stand_in()
+    profiled._context.times = {}
+    profiled.lap()
+    with pytest.raises(MeasureFailed, match=r"tensorrt 10\.3 told the layers' times of 1 laps instead of 2\. Use"):
+        profiled.node_laps(2)
+
+
+@needs_rtx
+def test_the_real_bindings_take_our_profiler() -> None:
+    trt = importlib.import_module("tensorrt_rtx")
+    timer = target_trt.layer_timer(trt)
+    assert isinstance(timer, trt.IProfiler)
+    timer.laps.append({})
+    timer.report_layer_time("layer", 0.5)
+    timer.report_layer_time("layer", 0.25)
+    assert timer.laps == [{"layer": 0.75}]
 
 
 def test_an_execution_that_the_runtime_refuses_is_told_with_its_log() -> None:

@@ -11,7 +11,10 @@ from torch import nn
 
 from chip_deploy.export.agree import compare_outputs, require_agreement
 from chip_deploy.export.errors import BuildFailed
+from chip_deploy.export.layers import LayerMap
+from chip_deploy.export.node_times import profile_of
 from chip_deploy.export.onnx_export import export_onnx
+from chip_deploy.export.onnx_graph import read_graph
 from chip_deploy.export.target import CAPABILITIES, Engine, Target, engine_path, parse_target
 from chip_deploy.export.target_trt import DYNAMIC_BATCH, Gpu, TrtSession, find_gpu
 from chip_deploy.export.targets import make_target
@@ -108,6 +111,19 @@ def test_a_lap_takes_time_that_a_clock_can_see(session: TrtSession) -> None:
     assert 1e-6 < time.perf_counter() - started < 1.0
 
 
+def test_a_profile_finds_every_layer_of_the_network_and_some_time_in_it(onnx_path: Path, session: TrtSession) -> None:
+    profiled = session.profiled()
+    profiled.bind({"input": image()})
+    for _ in range(20):
+        profiled.lap()
+    layer_map = LayerMap(read_graph(onnx_path))
+    profile = profile_of(profiled.node_laps(10), layer_map, runtime=profiled.runtime, batch=1)
+    profiled.close()
+    timed = {layer for node in profile.nodes for layer in node.layers if node.ms > 0}
+    assert {layer for layer, work in layer_map.work.items() if work.macs} <= timed
+    assert 1e-3 < profile.total_ms < 1e3
+
+
 def test_a_truncated_plan_is_refused_with_the_runtimes_words(built: tuple[Target, Path, Engine]) -> None:
     target, path, _ = built
     broken = path.with_name("broken.engine")
@@ -115,3 +131,15 @@ def test_a_truncated_plan_is_refused_with_the_runtimes_words(built: tuple[Target
     with pytest.raises(BuildFailed, match=r"broken\.engine: tensorrt.* cannot read the engine"):
         target._open(broken)
     broken.unlink()
+
+
+def test_events_time_the_execution_and_the_transfers_around_it(session: TrtSession) -> None:
+    session.bind({session.input_names[0]: image()})
+    laps_ms = [session.timed_lap_ms() for _ in range(50)]
+    trips = [session.round_trip() for _ in range(50)]
+    assert min(laps_ms) > 0
+    for trip in trips:
+        # Events tick in half microseconds.
+        assert trip.compute_ms <= trip.with_transfers_ms + 0.001 <= trip.host_ms + 0.05
+    # The same execution, with warm and with freshly written inputs.
+    assert 0.2 < np.median([trip.compute_ms for trip in trips]) / np.median(laps_ms) < 5
