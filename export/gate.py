@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import functools
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -10,20 +13,19 @@ from typing import Literal, NamedTuple
 from pydantic import BaseModel, ConfigDict, ValidationError, computed_field
 
 from .agree import Agreement, compare_outputs, require_agreement
-from .bundle import verify_bundle
-from .errors import IntegrityError, MachineMismatch, ParityFailed
+from .bundle import MANIFEST, verify_bundle
+from .errors import IntegrityError, ParityFailed
 from .golden import Golden, read_golden, run_in_batches
-from .laps import bootstrap_quantile, laps_needed, quantile
+from .laps import Speedup, bootstrap_quantile, laps_needed, session_spread
+from .laps_file import RecordedLaps, find_laps, read_laps
 from .machine import Machine, differences, fingerprint, read_machine
-from .measure import RecordedLaps, laps_path, read_laps
 from .requirement import METRICS, QUANTILES, Requirement, examples
 from .requirement import parse_requirement as parse_requirement
 from .target import Session, TargetSpec, parse_target, read_engine
 from .targets import make_target
 
-Status = Literal["met", "failed", "inconclusive"]
+Status = Literal["met", "failed", "inconclusive", "another machine", "broken"]
 
-LATENCY = ("speedup", *QUANTILES)
 # Metric -> how a sentence names it, its unit there, and how many of the metric's own units that is.
 TEXTS = {
     "top1_drop": ("top-1 drop", " points", 1.0),
@@ -31,6 +33,8 @@ TEXTS = {
     "speedup": ("speed-up", "", 1.0),
     **{name: (name, " ms", 1.0) for name in QUANTILES},
 }
+# Required of every bundle, whatever else is.
+INTEGRITY = "integrity"
 PARITY = "parity"
 ONNX = "model.onnx"
 REPORT = "report.json"
@@ -42,14 +46,34 @@ class GateRow(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     requirement: str
+    """As it was written, or `integrity` or `parity`, which are required of every bundle."""
     engine: str
-    """Its file in the bundle."""
+    """The file in the bundle that it was held against."""
     estimate: float | None
     """In the unit of the requirement's metric."""
     bound: float | None
     """The end of the estimate's 95 % interval that lies towards the limit; None where the value is exact."""
+    value: str = ""
+    """Both as text, with the unit; empty where there is no value."""
     status: Status
     sentence: str
+
+
+class JudgedEngine(BaseModel):
+    """An engine that the requirements were held against, and what is recorded of it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    """Target and precision: `ort-cpu fp32`."""
+    file: str
+    verdict: Literal["faster", "not faster", "unstable", "not measured"]
+    reason: str
+    speedup: Speedup | None
+    dense_top1: float | None
+    """Fraction of the images that the dense network gets right."""
+    top1: float | None
+    """That of the engine, or of the ONNX file where the engine's own was not taken."""
 
 
 class GateResult(BaseModel):
@@ -57,16 +81,47 @@ class GateResult(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    bundle: str = ""
     rows: list[GateRow]
+    engines: list[JudgedEngine] = []
+    left_out: list[str] = []
+    """Files of engines that were not judged, because they were not measured while others were."""
 
     @computed_field
     @property
     def exit_code(self) -> int:
-        """0 when everything is met, 4 when anything failed, else 5; a gate that judged nothing is inconclusive."""
+        """6 when a file is broken; else 4 when anything failed; else 3 when a latency belongs to another machine.
+
+        Otherwise 0 when all is met, and 5 when something is inconclusive; a gate that judged nothing is.
+        """
         statuses = {row.status for row in self.rows}
+        if "broken" in statuses:
+            return 6
         if "failed" in statuses:
             return 4
+        if "another machine" in statuses:
+            return 3
         return 0 if statuses == {"met"} else 5
+
+    @computed_field
+    @property
+    def verdict(self) -> str:
+        """What the gate says of the bundle, in one sentence."""
+        met = sum(row.status == "met" for row in self.rows)
+        end = f" ({met} of {len(self.rows)} checks met)."
+        match self.exit_code:
+            case 0:
+                return f"passed: all {met} checks are met."
+            case 6:
+                return "failed: the bundle is broken."
+            case 4:
+                return f"failed: {self._asked('failed')}{end}"
+            case 3:
+                return f"cannot be judged here: {self._asked('another machine')}, measured on another machine{end}"
+        return f"inconclusive: {self._asked('inconclusive') or 'nothing was judged'}{end}"
+
+    def _asked(self, status: Status) -> str:
+        return ", ".join(dict.fromkeys(row.requirement for row in self.rows if row.status == status))
 
 
 class _Part(BaseModel):
@@ -80,18 +135,12 @@ class _Accuracy(_Part):
     onnx: float | None = None
 
 
-class _Speedup(_Part):
-    estimate: float
-    low: float
-    high: float
-
-
 class _Engine(_Part):
     target: str
     precision: str
     file: str
     sha256: str
-    speedup: _Speedup | None = None
+    speedup: Speedup | None = None
     accuracy: float | None = None
     agreement: Agreement | None = None
     verdict: Literal["faster", "not faster", "unstable", "not measured"]
@@ -116,10 +165,16 @@ class _Found(NamedTuple):
     high: float
 
 
-class _Parity(NamedTuple):
-    """A file whose outputs were compared, with which arithmetic it computes, and how that is known."""
+class _Unknown(NamedTuple):
+    """Why there is no value, as a phrase, and what that makes of a requirement."""
 
-    file: str
+    why: str
+    status: Status = "inconclusive"
+
+
+class _Parity(NamedTuple):
+    """How closely a file's outputs agree, with which arithmetic it computes, and how that is known."""
+
     precision: str
     agreement: Agreement | None
     how: str
@@ -136,31 +191,39 @@ class _Facts(NamedTuple):
 
 
 def check_gate(bundle: Path, requirements: Sequence[Requirement], *, target: str | None = None) -> GateResult:
-    """Each requirement held against the bundle's engines: those of `target`, or all that it concerns.
+    """Each requirement held against the bundle's engines: those of `target`, or every one that was measured.
 
-    Accuracy and size concern every engine; parity and latency every one that was measured, or that `target` names. In
-    order: the files are what the manifest says; outputs for the golden images are the network's (run here where this
-    machine can, else as recorded); accuracy; size; latency, as recorded on this machine.
+    Where none was measured, all are judged: nothing passes because nobody looked. In order: the files are what the
+    manifest says; outputs for the golden images are the network's (run here where this machine can, else as
+    recorded); accuracy; size; latency, as recorded on this machine. An engine whose outputs are others is judged no
+    further.
     A requirement is met when the estimate and its bound both keep the limit, failed when neither does, and
-    inconclusive in between, or when the engine was not measured, or not steadily.
-    Raises: ValueError for no requirement, or a target that the bundle has no engine for; IntegrityError;
-    ParityFailed; MachineMismatch when a latency was recorded on another machine.
+    inconclusive in between, or when the engine was not measured, or not steadily; a latency that was recorded on
+    another machine is neither. A broken file ends the gate with that one row.
+    Raises: ValueError for no requirement, or a target that the bundle has no engine for.
     """
     if not requirements:
         raise ValueError(f"nothing is required of {bundle}. {examples()}")
     wanted = None if target is None else parse_target(target)
-    facts = _read_facts(bundle)
+    name = os.fsencode(bundle.resolve().name).decode(errors="replace")
+    try:
+        return _held_against(_read_facts(bundle), requirements, wanted).model_copy(update={"bundle": name})
+    except IntegrityError as err:
+        return GateResult(bundle=name, rows=[_without_value(INTEGRITY, MANIFEST, "broken", str(err))])
+
+
+def _held_against(facts: _Facts, requirements: Sequence[Requirement], wanted: TargetSpec | None) -> GateResult:
+    """The gate of a bundle whose files are what its manifest says. Raises: IntegrityError; ValueError."""
     engines = _engines_for(facts, wanted)
-    measured = engines if wanted else [engine for engine in engines if engine.measured]
-    rows = list(_parity_rows(facts, measured))
-    for requirement in sorted(requirements, key=lambda requirement: list(METRICS).index(requirement.metric)):
-        concerned = measured or engines if requirement.metric in LATENCY else engines
-        left_out = [engine.file for engine in engines if engine not in concerned]
-        rows += [
-            _judge(requirement, engine.file, _find(requirement.metric, engine, facts), left_out=left_out)
-            for engine in concerned
-        ]
-    return GateResult(rows=rows)
+    if wanted is None:
+        engines = [engine for engine in engines if engine.measured] or engines
+    rows = [_integrity_row(facts), *_parity_rows(facts, engines)]
+    others = {row.engine for row in rows if row.status == "failed"}
+    return GateResult(
+        rows=[*rows, *_requirement_rows(facts, list(dict.fromkeys(requirements)), engines, others)],
+        engines=[_judged(engine, facts.report.accuracy) for engine in engines],
+        left_out=[engine.file for engine in facts.report.engines if wanted is None and engine not in engines],
+    )
 
 
 def _read_facts(bundle: Path) -> _Facts:
@@ -197,36 +260,80 @@ def _engines_for(facts: _Facts, wanted: TargetSpec | None) -> list[_Engine]:
     return engines
 
 
+def _judged(engine: _Engine, accuracy: _Accuracy) -> JudgedEngine:
+    return JudgedEngine(
+        name=f"{engine.target} {engine.precision}",
+        file=engine.file,
+        verdict=engine.verdict,
+        reason=engine.reason,
+        speedup=engine.speedup,
+        dense_top1=accuracy.dense,
+        top1=_top1(engine, accuracy),
+    )
+
+
+def _integrity_row(facts: _Facts) -> GateRow:
+    files = f"{len(facts.sizes)} files"
+    return GateRow(
+        requirement=INTEGRITY,
+        engine=MANIFEST,
+        estimate=None,
+        bound=None,
+        value=files,
+        status="met",
+        sentence=f"{MANIFEST}: {files}, each as it says.",
+    )
+
+
 def _parity_rows(facts: _Facts, engines: Sequence[_Engine]) -> Iterator[GateRow]:
-    """The ONNX file, then each engine, against the golden outputs. Raises: ParityFailed."""
+    """The ONNX file, then each engine, against the golden outputs."""
     golden = read_golden(facts.bundle)
-    yield _parity_row(_onnx_parity(facts, golden))
+    yield _parity_row(ONNX, functools.partial(_onnx_parity, facts, golden))
     for engine in engines:
-        yield _parity_row(_engine_parity(facts, engine, golden))
+        yield _parity_row(engine.file, functools.partial(_engine_parity, facts, engine, golden))
 
 
-def _parity_row(parity: _Parity) -> GateRow:
-    """Raises: ParityFailed when the outputs are known not to be the network's."""
-    file, precision, agreement, how = parity
-    if agreement is None:
-        sentence = f"{file}: whether its outputs are the network's is not known: {how}."
-        return _undecided(PARITY, file, sentence)
-    require_agreement(agreement, what=file, precision=precision)
+def _parity_row(file: str, compare: Callable[[], _Parity]) -> GateRow:
+    try:
+        precision, agreement, how = compare()
+        if agreement is None:
+            sentence = f"{file}: whether its outputs are the network's is not known: {how}."
+            return _without_value(PARITY, file, "inconclusive", sentence)
+        require_agreement(agreement, what=file, precision=precision)
+    except ParityFailed as err:
+        sentence = str(err) if str(err).startswith(file) else f"{file}: {err}"
+        return _without_value(PARITY, file, "failed", sentence)
     return GateRow(
         requirement=PARITY,
         engine=file,
         estimate=agreement.largest_relative_difference,
         bound=None,
+        value=f"difference {agreement.largest_relative_difference:.1e}",
         status="met",
         sentence=f"{file}: outputs are the network's, {how}: {agreement}.",
     )
+
+
+def _requirement_rows(
+    facts: _Facts, requirements: Sequence[Requirement], engines: Sequence[_Engine], others: set[str]
+) -> Iterator[GateRow]:
+    """Requirement by requirement in the order of METRICS; `others` are files whose outputs are not the network's."""
+    for requirement in sorted(requirements, key=lambda requirement: list(METRICS).index(requirement.metric)):
+        for engine in engines:
+            wrong = next((file for file in (ONNX, engine.file) if file in others), None)
+            found = (
+                _Unknown(f"the outputs of {wrong} are not the network's")
+                if wrong
+                else _find(requirement.metric, engine, facts)
+            )
+            yield _judge(requirement, engine.file, found)
 
 
 def _onnx_parity(facts: _Facts, golden: Golden) -> _Parity:
     target = make_target(TargetSpec(name="ort-cpu"))
     reason = target.unusable()
     if reason:
-        return _recorded(ONNX, "fp32", facts.report.agreement, reason.rstrip("."))
+        return _recorded("fp32", facts.report.agreement, reason.rstrip("."))
     with closing(target.open_onnx(facts.bundle / ONNX)) as session:
         return _run(ONNX, "fp32", session, golden)
 
@@ -237,7 +344,7 @@ def _engine_parity(facts: _Facts, engine: _Engine, golden: Golden) -> _Parity:
     target = make_target(parse_target(engine.target))
     reason = target.cannot_run(built)
     if reason:
-        return _recorded(engine.file, built.arithmetic, engine.agreement, reason)
+        return _recorded(built.arithmetic, engine.agreement, reason)
     with closing(target.open(path)) as session:
         return _run(engine.file, built.arithmetic, session, golden)
 
@@ -248,16 +355,16 @@ def _run(file: str, precision: str, session: Session, golden: Golden) -> _Parity
         agreement = compare_outputs(golden.outputs, run_in_batches(session, golden.images))
     except ValueError as err:
         raise ParityFailed(f"{file}: cannot give the golden outputs: {err}") from err
-    return _Parity(file, precision, agreement, "run here")
+    return _Parity(precision, agreement, "run here")
 
 
-def _recorded(file: str, precision: str, agreement: Agreement | None, reason: str) -> _Parity:
-    how = "as recorded" if agreement else "and nothing is recorded"
-    return _Parity(file, precision, agreement, f"{how} ({reason})")
+def _recorded(precision: str, agreement: Agreement | None, reason: str) -> _Parity:
+    how = f"as recorded ({reason})" if agreement else f"nothing is recorded, and it cannot run here ({reason})"
+    return _Parity(precision, agreement, how)
 
 
-def _find(metric: str, engine: _Engine, facts: _Facts) -> _Found | str:
-    """The value of a metric with its interval; or why there is none, as a phrase."""
+def _find(metric: str, engine: _Engine, facts: _Facts) -> _Found | _Unknown:
+    """The value of a metric with its interval; or why there is none."""
     if metric == "size":
         return _exactly(facts.sizes[engine.file])
     if metric == "top1_drop":
@@ -265,82 +372,87 @@ def _find(metric: str, engine: _Engine, facts: _Facts) -> _Found | str:
     return _latency(metric, engine, facts)
 
 
-def _top1_drop(engine: _Engine, accuracy: _Accuracy) -> _Found | str:
+def _top1(engine: _Engine, accuracy: _Accuracy) -> float | None:
+    return accuracy.onnx if engine.accuracy is None else engine.accuracy
+
+
+def _top1_drop(engine: _Engine, accuracy: _Accuracy) -> _Found | _Unknown:
     """Percentage points of top-1 accuracy that the engine, or the ONNX file it was built from, lost."""
-    after = accuracy.onnx if engine.accuracy is None else engine.accuracy
+    after = _top1(engine, accuracy)
     if accuracy.dense is None or after is None:
-        return "no accuracy was recorded"
+        return _Unknown("no accuracy was recorded")
     return _exactly(round(100 * (accuracy.dense - after), 9))
 
 
-def _latency(metric: str, engine: _Engine, facts: _Facts) -> _Found | str:
-    """Speed-up or a percentile in ms. Raises: MachineMismatch when it was recorded on another machine."""
+def _latency(metric: str, engine: _Engine, facts: _Facts) -> _Found | _Unknown:
+    """Speed-up, or a percentile in ms, if it was recorded on this machine and steadily."""
     if not engine.measured:
-        return f"not measured: {engine.reason.rstrip('.')}"
-    path = laps_path(facts.bundle / engine.file)
+        return _Unknown(f"not measured: {engine.reason.rstrip('.')}")
+    path = find_laps(facts.bundle / engine.file)
     if path.relative_to(facts.bundle).as_posix() not in facts.sizes:
-        return "its laps are missing; run `chip-deploy measure`"
-    laps = read_laps(path)
-    _require_same_machine(laps.machine, facts.here, what=engine.file)
+        return _Unknown("its laps are missing; run `chip-deploy measure`")
+    try:
+        laps = read_laps(path)
+    except ValueError as err:
+        raise IntegrityError(str(err)) from err
+    if fingerprint(laps.machine) != fingerprint(facts.here):
+        where = f"measured on another machine ({differences(laps.machine, facts.here)})"
+        return _Unknown(f"{where}; run `chip-deploy measure` here, or the gate there", "another machine")
+    if not laps.complete:
+        return _Unknown("its measurement was interrupted; run `chip-deploy measure`")
     if engine.verdict == "unstable":
-        return f"unstable: {engine.reason.rstrip('.')}"
-    if metric == "speedup":
-        return _Found(*(value for _, value in engine.speedup)) if engine.speedup else "no speed-up was recorded"
-    return _percentile(metric, laps)
+        return _Unknown(f"unstable: {engine.reason.rstrip('.')}")
+    if metric != "speedup":
+        return _percentile(metric, laps)
+    speedup = engine.speedup
+    return _Found(speedup.estimate, speedup.low, speedup.high) if speedup else _Unknown("no speed-up was recorded")
 
 
-def _percentile(metric: str, laps: RecordedLaps) -> _Found | str:
+def _percentile(metric: str, laps: RecordedLaps) -> _Found | _Unknown:
+    """By the rule of the protocol, with what one session is off by added to the interval, as for the speed-up."""
     q = QUANTILES[metric]
-    estimate = quantile(laps.pruned_laps_ms, q)
+    estimate = getattr(laps.protocol.summarise(laps.pruned_laps_ms), metric)
     ends = bootstrap_quantile(laps.pruned, q, resamples=laps.protocol.resamples, seed=laps.protocol.seed)
     if estimate is None or ends is None:
-        return f"{metric} needs {laps_needed(q)} laps, {len(laps.pruned_laps_ms)} were recorded"
-    return _Found(estimate, *ends)
+        return _Unknown(f"{metric} needs {laps_needed(q)} laps, {len(laps.pruned_laps_ms)} were recorded")
+    spread = session_spread(laps.pruned) / math.sqrt(2)  # of one session; the constant is for the ratio of two
+    low, high = (math.hypot(math.log(estimate / end), spread) for end in ends)
+    return _Found(estimate, estimate * math.exp(-low), estimate * math.exp(high))
 
 
-def _require_same_machine(recorded: Machine, here: Machine, *, what: str) -> None:
-    if fingerprint(recorded) != fingerprint(here):
-        raise MachineMismatch(
-            f"{what}: measured on another machine ({differences(recorded, here)}). "
-            "Run `chip-deploy measure` here, or the gate there."
-        )
-
-
-def _judge(requirement: Requirement, engine: str, found: _Found | str, *, left_out: Sequence[str]) -> GateRow:
-    """The row of one requirement and one engine; `left_out` are engines that it does not concern."""
-    end = f"; not measured, and so not judged: {', '.join(left_out)}." if left_out else "."
-    if isinstance(found, str):
-        return _undecided(str(requirement), engine, f"{engine}: {requirement} cannot be judged: {found}{end}")
+def _judge(requirement: Requirement, engine: str, found: _Found | _Unknown) -> GateRow:
+    if isinstance(found, _Unknown):
+        sentence = f"{engine}: {requirement} cannot be judged: {found.why}."
+        return _without_value(str(requirement), engine, found.status, sentence)
     met = requirement.met_by(found.estimate)
     # The end of the interval on the limit's side: the pessimistic one of a value that meets, the hopeful one else.
     bound = found.low if met == (METRICS[requirement.metric].comparison == ">=") else found.high
     sure = requirement.met_by(bound) == met
     status: Status = "inconclusive" if not sure else "met" if met else "failed"
     words = {"met": f"meets {requirement}", "failed": f"misses {requirement}"}
-    ending = words.get(status, f"is too close to {requirement} to tell")
+    name, value = _value_text(requirement.metric, found)
     return GateRow(
         requirement=str(requirement),
         engine=engine,
         estimate=found.estimate,
         bound=None if found.low == found.high else bound,
+        value=value,
         status=status,
-        sentence=f"{engine}: {_value_text(requirement.metric, found)} {ending}{end}",
+        sentence=f"{engine}: {name} {value} {words.get(status, f'is too close to {requirement} to tell')}.",
     )
 
 
-def _undecided(requirement: str, engine: str, sentence: str) -> GateRow:
-    return GateRow(
-        requirement=requirement, engine=engine, estimate=None, bound=None, status="inconclusive", sentence=sentence
-    )
+def _without_value(requirement: str, engine: str, status: Status, sentence: str) -> GateRow:
+    return GateRow(requirement=requirement, engine=engine, estimate=None, bound=None, status=status, sentence=sentence)
 
 
-def _value_text(metric: str, found: _Found) -> str:
-    """`p99 3.81 ms (95 % interval 3.7 to 3.95)`."""
+def _value_text(metric: str, found: _Found) -> tuple[str, str]:
+    """A metric's name and its value: `p99`, `3.81 ms (95 % interval 3.7 to 3.95)`."""
     name, unit, scale = TEXTS[metric]
-    text = f"{name} {found.estimate / scale:.4g}{unit}"
+    text = f"{found.estimate / scale:.4g}{unit}"
     if found.low == found.high:
-        return text
-    return f"{text} (95 % interval {found.low / scale:.4g} to {found.high / scale:.4g})"
+        return name, text
+    return name, f"{text} (95 % interval {found.low / scale:.4g} to {found.high / scale:.4g})"
 
 
 def _exactly(value: float) -> _Found:

@@ -73,12 +73,20 @@ def read_machine() -> Machine:
         isa=list(cpu_isa()),
         memory_gib=memory_gib(),
         governor=governor(),
-        load=round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
+        load=load(),
         gpu=gpu.name,
         sm=gpu.sm,
         driver=gpu.driver,
         python=platform.python_version(),
     )
+
+
+def load() -> float | None:
+    """Processes that wanted a core during the last minute, on average; None where the system does not tell."""
+    try:
+        return round(os.getloadavg()[0], 2)
+    except (AttributeError, OSError):
+        return None
 
 
 def fingerprint(machine: Machine) -> str:
@@ -91,10 +99,10 @@ def fingerprint(machine: Machine) -> str:
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def differences(recorded: Machine, here: Machine) -> str:
+def differences(recorded: Machine, here: Machine, *, there: str = "there", here_is: str = "here") -> str:
     """What tells two machines apart, as a phrase: `cpu 'A' there, 'B' here`; empty when their fingerprints agree."""
     return "; ".join(
-        f"{name} {_shown(getattr(recorded, name))} there, {_shown(getattr(here, name))} here"
+        f"{name} {_shown(getattr(recorded, name))} {there}, {_shown(getattr(here, name))} {here_is}"
         for name in IDENTITY
         if getattr(recorded, name) != getattr(here, name)
     )

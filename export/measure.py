@@ -1,70 +1,69 @@
-"""Latency of two networks measured in turns: the protocol, every lap, and what the laps allow to say.
+"""Latency of two networks measured in turns: every lap, and what the laps allow to say.
 
-A lap is one execution on inputs that lie where the runtime computes, on one stream, timed on the host from the call
-until it returns. Dense and pruned take turns in blocks of laps, in the order A B B A, so that a drift of the machine
-falls on both alike; a block of one and its neighbour of the other carry the same number and stay together in the
-statistics.
+A lap is one execution on inputs that lie where the runtime computes, on one stream, timed from the call until it is
+done: by the device's own clock where it has one (CUDA events), else on the host. Dense and pruned take turns in blocks
+of laps with a control, which is the dense network opened a second time. The order is A B C C B A, so that a drift of
+the machine falls on all alike; blocks that are neighbours carry the same number and stay together in the statistics.
+
+How far two sessions on one file differ was looked at with a ResNet-18 of 1 ms on onnxruntime's CPU provider: by up to
+2.4 %, however long they run, and by less when they are opened anew and the medians put together; the session that
+was opened last is faster than its twin by nearly 1 % on average. So all sessions are opened anew several times within
+a measurement, in changing order, and the interval comes from a bootstrap over openings first and blocks second. What
+stays out of sight is what is the same for every session of a process; a control cannot show it either.
 """
 
 from __future__ import annotations
 
 import contextlib
 import gc
-import json
+import itertools
+import math
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict
 
-from .bundle import write_atomic
 from .errors import MeasureFailed
-from .laps import LapMs, Measurement, Quantiles, Speedup, bootstrap_speedup, summarise
-from .machine import Machine
-from .target import Session
+from .laps import (
+    Control,
+    Measurement,
+    Quantiles,
+    Speedup,
+    bootstrap_speedup,
+    compare_control,
+    session_spread,
+    summarise,
+)
+from .laps_file import RecordedLaps as RecordedLaps
+from .laps_file import find_laps as find_laps
+from .laps_file import laps_path as laps_path
+from .laps_file import read_laps as read_laps
+from .laps_file import write_laps as write_laps
+from .protocol import PAIRS as PAIRS
+from .protocol import PROTOCOLS as PROTOCOLS
+from .protocol import LatencyProtocol as LatencyProtocol
+from .protocol import protocol_named as protocol_named
+from .target import DeviceTimer, RoundTrip, Session
+from .watch import MachineWatch, Watch
 
 # Fewest laps in a block, however slow the network: fewer have no median to speak of.
 BLOCK_LAPS = 5
-# Fewest pairs of blocks, however fast the network: a percentile bootstrap over fewer is too narrow.
-PAIRS = 20
 # After so many windows without two neighbours that agree, the warm-up is given up.
 WARMUP_WINDOWS = 40
-# An interval around 1 that is wider than this part of its estimate says nothing, not even `not faster`.
+# An interval around 1 that is wider than this part of its estimate says nothing, not even `not faster`; and a machine
+# that tells equal networks apart by more is not steady.
 UNDECIDED_WIDTH = 0.10
+# Something held the process up when the clock jumps by more than this, and by more than so many laps.
+HELD_UP_MS = 250.0
+HELD_UP_LAPS = 10
 NAMES = ("dense", "pruned")
 
 Clock = Callable[[], int]
 Progress = Callable[[float], None]
-
-
-class LatencyProtocol(BaseModel):
-    """How a latency was measured; a number without it means nothing."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-    id: Literal["chip-deploy.latency/1"] = "chip-deploy.latency/1"
-    warmup_ms: float = Field(default=200.0, ge=0)
-    """Each side runs at least so long before anything counts, and until two windows agree."""
-    window_tolerance: float = Field(default=0.03, gt=0)
-    """Medians of two consecutive windows of the warm-up agree when they differ by at most this part."""
-    seconds: float = Field(default=3.0, gt=0)
-    """Timed laps of each side add up to at least this."""
-    laps: int = Field(default=200, ge=1)
-    """Fewest laps of each side."""
-    block_ms: float = Field(default=50.0, gt=0)
-    """About how long one side runs before it is the other's turn, and how long a window of the warm-up is."""
-    batch: int = Field(default=1, ge=1)
-    threads: int = Field(default=1, ge=1)
-    resamples: int = Field(default=2000, ge=100)
-    """Of the bootstrap."""
-    seed: int = Field(default=0, ge=0)
-
-    @property
-    def turn_ms(self) -> float:
-        """`block_ms`, or less where `seconds` would not make enough blocks."""
-        return min(self.block_ms, 1e3 * self.seconds / PAIRS)
+Opener = Callable[[], Session]
+Verdict = Literal["faster", "not faster", "unstable"]
 
 
 class Comparison(BaseModel):
@@ -75,145 +74,310 @@ class Comparison(BaseModel):
     dense: Quantiles
     pruned: Quantiles
     speedup: Speedup
-    verdict: Literal["faster", "not faster", "unstable"]
+    verdict: Verdict
     reason: str
     warmed: bool
-    """Whether both sides settled before anything counted."""
+    """Whether all sides settled before anything counted."""
+    control: Control | None = None
+    """The dense network against itself; None where it could not be opened a second time."""
 
 
-class RecordedLaps(BaseModel):
-    """A file `engines/NAME.latency.json`: every lap of both sides, how and where they were run."""
+class PathTimes(BaseModel):
+    """Three numbers that are not one: what a network takes on the device, on the way there, and for the caller."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    protocol: LatencyProtocol
-    machine: Machine
-    dense_laps_ms: list[LapMs]
-    dense_blocks: list[int]
-    pruned_laps_ms: list[LapMs]
-    pruned_blocks: list[int]
+    device_compute: Quantiles
+    """Inputs and outputs stay on the device; CUDA events around the execution."""
+    with_transfers: Quantiles
+    """Inputs copied to the device before, outputs copied back after; CUDA events around all of it."""
+    host_end_to_end: Quantiles
+    """The same on the clock of the host, until the outputs can be read there."""
 
-    @property
-    def dense(self) -> Measurement:
-        """The laps of the dense network."""
-        return Measurement(protocol=self.protocol.id, laps_ms=self.dense_laps_ms, blocks=self.dense_blocks)
 
-    @property
-    def pruned(self) -> Measurement:
-        """The laps of the pruned network."""
-        return Measurement(protocol=self.protocol.id, laps_ms=self.pruned_laps_ms, blocks=self.pruned_blocks)
+class GpuTimes(BaseModel):
+    """The three numbers of both networks on a GPU."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    dense: PathTimes
+    pruned: PathTimes
+
+
+class BatchRow(BaseModel):
+    """Dense beside pruned at one batch size; throughput is in the quantiles."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    batch: int
+    dense: Quantiles
+    pruned: Quantiles
+    speedup: Speedup
+    verdict: Verdict
+    reason: str
+
+
+class Laps(NamedTuple):
+    """Every lap of a measurement."""
+
+    dense: Measurement
+    pruned: Measurement
+    control: Measurement | None
+    round_trips_ms: dict[str, list[float]]
+
+
+class Measured(NamedTuple):
+    """What was found, and the laps that it was found from."""
+
+    comparison: Comparison
+    laps: Laps
+    times: GpuTimes | None
+    watch: MachineWatch | None
 
 
 def compare_latency(
-    dense: Session,
-    pruned: Session,
+    dense: Session | Opener,
+    pruned: Session | Opener,
     protocol: LatencyProtocol,
     *,
+    watch: Watch | None = None,
     progress: Progress | None = None,
+    keep: Callable[[Laps], None] | None = None,
     clock: Clock = time.perf_counter_ns,
-) -> tuple[Comparison, Measurement, Measurement]:
-    """Dense against pruned, and the laps of each; both sessions have their inputs bound.
+) -> Measured:
+    """Dense against pruned, and the laps of each, once both sides have the seconds and the laps of the protocol.
 
-    Each side is warmed up; then blocks run A B B A until both sides have the seconds and the laps of the protocol.
-    A block starts with one lap that is not timed, because the other network has just used the caches. Garbage
-    collection is off meanwhile. `progress` is called between blocks with the fraction done; `clock` counts ns.
+    A side is a callable that opens a session with its inputs bound, which is then opened as often as the protocol
+    says and closed again, the dense one twice, for the control; or a session that is open already, which is
+    measured as it is, with one opening and no control. Every session is warmed up before its laps count, and every
+    block starts with one lap that is not timed, because another network has just used the caches. Garbage collection
+    is off meanwhile. `watch` is ended after the last lap, and what it saw can make the verdict `unstable`.
+    `progress` is called between blocks with the fraction done; `clock` counts ns and never goes back. When anything
+    ends the measurement early, `keep` gets the laps so far, if both sides have any.
     Raises: MeasureFailed when laps are too short for the clock, or when a session cannot run.
     """
-    with _no_garbage_collection():
-        sides = [_Side(session, protocol, clock) for session in (dense, pruned)]
-        _take_turns(sides[0], sides[1], protocol, progress)
-    dense_laps, pruned_laps = (side.measurement() for side in sides)
-    doubts = [f"{name} {side.unsettled}" for name, side in zip(NAMES, sides, strict=True) if side.unsettled]
-    return compare_laps(dense_laps, pruned_laps, protocol, unsettled=" and ".join(doubts)), dense_laps, pruned_laps
+    turns = _Turns(dense, pruned, protocol, clock)
+    try:
+        with _no_garbage_collection():
+            turns.take_all(progress)
+            seen = watch.stop(threads=protocol.threads) if watch else None
+    except BaseException:
+        if keep is not None and turns.dense.laps_ns and turns.pruned.laps_ns:
+            keep(turns.laps())
+        raise
+    laps = turns.laps()
+    doubt = " and ".join(filter(None, [*turns.doubts(), seen.doubt if seen else ""]))
+    comparison = compare_laps(laps.dense, laps.pruned, protocol, control=laps.control, unsettled=doubt)
+    comparison = comparison.model_copy(update={"warmed": turns.warmed})
+    return Measured(comparison, laps, _gpu_times(turns), seen)
 
 
 def compare_laps(
-    dense: Measurement, pruned: Measurement, protocol: LatencyProtocol, *, unsettled: str = ""
+    dense: Measurement,
+    pruned: Measurement,
+    protocol: LatencyProtocol,
+    *,
+    control: Measurement | None = None,
+    unsettled: str = "",
 ) -> Comparison:
-    """What the laps of both sides say; `unsettled` is what the warm-up had against them, as a phrase.
+    """What the laps of both sides say; `unsettled` is what is known against them, as a phrase.
 
+    The interval of the speed-up is widened by the larger of what sessions are known to differ by and what the
+    control was off by; `faster` needs the whole of it above 1.
     Raises: ValueError for sides whose blocks are not paired.
     """
-    dense_q, pruned_q = summarise(dense.laps_ms), summarise(pruned.laps_ms)
-    speedup = bootstrap_speedup(dense, pruned, resamples=protocol.resamples, seed=protocol.seed)
-    doubt = unsettled or _undecided(dense, pruned, speedup)
-    faster = f"{speedup.estimate:.3f} ({100 * speedup.level:g} % interval {speedup.low:.3f} to {speedup.high:.3f})"
-    medians = f"p50 {_ms(pruned_q.p50)} against {_ms(dense_q.p50)} of dense"
-    if doubt:
-        verdict, reason = "unstable", f"no verdict, because {doubt}; speed-up {faster}, {medians}"
-    elif speedup.low > 1:
-        verdict, reason = "faster", f"speed-up {faster}, {medians}"
-    elif speedup.high < 1:
-        verdict, reason = "not faster", f"slower than dense: speed-up {faster}, {medians}"
-    else:
-        verdict, reason = "not faster", f"no difference to be seen: speed-up {faster}, {medians}"
+    dense_q, pruned_q = protocol.summarise(dense.laps_ms), protocol.summarise(pruned.laps_ms)
+    resampling = {"resamples": protocol.resamples, "seed": protocol.seed}
+    checked = compare_control(dense, control, **resampling) if control else None
+    unseen = max(session_spread(dense), abs(math.log(checked.speedup.estimate)) if checked else 0.0)
+    speedup = bootstrap_speedup(dense, pruned, unseen=unseen, **resampling)
+    doubt = unsettled or _undecided(dense, pruned, speedup, checked)
+    verdict, reason = _verdict(speedup, doubt, f"p50 {_ms(pruned_q.p50)} against {_ms(dense_q.p50)} of dense")
     return Comparison(
-        dense=dense_q, pruned=pruned_q, speedup=speedup, verdict=verdict, reason=f"{reason}.", warmed=not unsettled
+        dense=dense_q,
+        pruned=pruned_q,
+        speedup=speedup,
+        verdict=verdict,
+        reason=reason,
+        warmed=not unsettled,
+        control=checked,
     )
 
 
-def laps_path(engine_path: Path) -> Path:
-    """Where the laps of an engine lie: `engines/NAME.latency.json` beside `engines/NAME.engine`."""
-    return engine_path.with_suffix(".latency.json")
-
-
-def write_laps(
-    path: Path, *, protocol: LatencyProtocol, machine: Machine, dense: Measurement, pruned: Measurement
-) -> None:
-    """`path` holds every lap of both sides with protocol and machine, one line a list."""
-    laps = RecordedLaps(
-        protocol=protocol,
-        machine=machine,
-        dense_laps_ms=dense.laps_ms,
-        dense_blocks=dense.blocks,
-        pruned_laps_ms=pruned.laps_ms,
-        pruned_blocks=pruned.blocks,
-    )
-    lines = (f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in laps.model_dump(mode="json").items())
-    write_atomic(path, ("{\n" + ",\n".join(lines) + "\n}\n").encode())
-
-
-def read_laps(path: Path) -> RecordedLaps:
-    """The laps in a file of `write_laps`. Raises: FileNotFoundError; ValueError when it is no such file."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no laps here. Run `chip-deploy measure` on the bundle.")
-    try:
-        return RecordedLaps.model_validate_json(path.read_bytes())
-    except ValidationError as err:
-        first = err.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "the whole file"
-        raise ValueError(f"{path}: no laps of this version ({where}: {first['msg']}). Measure again.") from err
+def _verdict(speedup: Speedup, doubt: str, medians: str) -> tuple[Verdict, str]:
+    faster = f"{speedup.estimate:.3f} ({100 * speedup.level:g} % interval {speedup.low:.3f} to {speedup.high:.3f})"
+    if doubt:
+        return "unstable", f"no verdict, because {doubt}; speed-up {faster}, {medians}."
+    if speedup.low > 1:
+        return "faster", f"speed-up {faster}, {medians}."
+    if speedup.high < 1:
+        return "not faster", f"slower than dense: speed-up {faster}, {medians}."
+    return "not faster", f"no difference to be seen: speed-up {faster}, {medians}."
 
 
 class _Side:
-    """One of the two, warm and ready to take its turns: how many laps a block has, and the laps so far."""
+    """One of those that take turns: its session, how many laps a block has, and the laps so far."""
 
-    def __init__(self, session: Session, protocol: LatencyProtocol, clock: Clock) -> None:
-        self.session = session
-        self.clock = clock
-        lap_ms, self.unsettled = _warm_up(session, protocol, clock)
-        self.block_laps = max(BLOCK_LAPS, round(protocol.turn_ms / lap_ms)) if lap_ms else BLOCK_LAPS
+    def __init__(self, name: str, source: Session | Opener, protocol: LatencyProtocol, clock: Clock) -> None:
+        self.name, self.source, self.protocol, self.clock = name, source, protocol, clock
+        self.session: Session | None = None
+        self.unsettled = ""
+        self.block_laps = BLOCK_LAPS
+        self.held_up_ns = 0.0
         self.laps_ns: list[int] = []
         self.blocks: list[int] = []
-        self.total_ns = 0
+        self.round_trips: list[RoundTrip] = []
+        self.counted_ns = 0.0
+
+    @contextlib.contextmanager
+    def opened(self) -> Iterator[None]:
+        """Its session is open and warm inside the block."""
+        if not callable(self.source):
+            self.session = self.source
+            self._warm_up(self.session)
+            yield
+            return
+        with contextlib.closing(self.source()) as session:
+            self.session = session
+            self._warm_up(session)
+            yield
 
     def take_turn(self, block: int) -> None:
         """One block of laps; the first lap finds the other network in the caches, and is not timed."""
-        self.session.lap()
-        laps_ns = _timed_laps(self.session, self.clock, self.block_laps)
-        if min(laps_ns) <= 0:
-            raise MeasureFailed("a lap takes less time than the clock can tell. Measure a larger batch.")
-        self.laps_ns += laps_ns
-        self.blocks += [block] * len(laps_ns)
-        self.total_ns += sum(laps_ns)
+        assert self.session is not None, "a turn is taken inside `opened`"
+        lap = _stopwatch(self.session, self.protocol, self.clock)
+        lap()
+        for _ in range(self.block_laps):
+            lap_ns = lap()
+            if lap_ns <= 0:
+                raise MeasureFailed("a lap takes less time than the clock can tell. Measure a larger batch.")
+            self.laps_ns.append(lap_ns)
+            self.blocks.append(block)
+            # A lap that was held up must not stand for many.
+            self.counted_ns += min(lap_ns, self.held_up_ns)
 
-    def done(self, protocol: LatencyProtocol) -> float:
+    def go_round(self, count: int) -> None:
+        """So many executions with their transfers, where the device times them; the first is not kept."""
+        if isinstance(self.session, DeviceTimer):
+            self.session.round_trip()
+            self.round_trips += [self.session.round_trip() for _ in range(count)]
+
+    def done(self) -> float:
         """The fraction of its laps and seconds that it has; 1 or more when it has both."""
-        return min(len(self.laps_ns) / protocol.laps, self.total_ns / (protocol.seconds * 1e9))
+        return min(len(self.laps_ns) / self.protocol.laps, self.counted_ns / (self.protocol.seconds * 1e9))
 
-    def measurement(self) -> Measurement:
+    def measurement(self, opened: list[int]) -> Measurement:
         """Its laps in ms, each with its block."""
-        return Measurement(laps_ms=[lap / 1e6 for lap in self.laps_ns], blocks=self.blocks)
+        whole = min(len(self.laps_ns), len(self.blocks))  # an interruption may have come between the two
+        laps_ms = [lap / 1e6 for lap in self.laps_ns[:whole]]
+        return Measurement(protocol=self.protocol.id, laps_ms=laps_ms, blocks=self.blocks[:whole], opened=opened)
+
+    def _warm_up(self, session: Session) -> None:
+        lap_ms, unsettled = _warm_up(session, self.protocol, self.clock)
+        self.unsettled = self.unsettled or unsettled
+        self.block_laps = max(BLOCK_LAPS, round(self.protocol.turn_ms / lap_ms)) if lap_ms else BLOCK_LAPS
+        self.held_up_ns = 1e6 * max(HELD_UP_MS, HELD_UP_LAPS * lap_ms)
+
+
+class _Turns:
+    """Dense, control and pruned, and the order in which they run."""
+
+    def __init__(
+        self, dense: Session | Opener, pruned: Session | Opener, protocol: LatencyProtocol, clock: Clock
+    ) -> None:
+        self.protocol, self.clock = protocol, clock
+        self.dense, self.pruned = (
+            _Side(name, source, protocol, clock) for name, source in zip(NAMES, (dense, pruned), strict=True)
+        )
+        self.control = _Side("control", dense, protocol, clock) if callable(dense) else None
+        self.openings = protocol.openings if callable(dense) and callable(pruned) else 1
+        self.opened: list[int] = []
+        self.pairs = 0
+        self.held_up: list[float] = []
+
+    @property
+    def sides(self) -> list[_Side]:
+        """In the order of their turns: the two that are compared are the ends, which are alike."""
+        return [side for side in (self.dense, self.control, self.pruned) if side]
+
+    @property
+    def warmed(self) -> bool:
+        return not any(side.unsettled for side in self.sides)
+
+    def take_all(self, progress: Progress | None) -> None:
+        """All turns of all openings; which session is opened first changes, because it matters."""
+        orders = itertools.cycle(itertools.permutations(self.sides))
+        for opening, order in zip(range(self.openings), orders, strict=False):
+            with contextlib.ExitStack() as open_sessions:
+                for side in order:
+                    open_sessions.enter_context(side.opened())
+                self.opened.append(self.pairs)
+                self._take_turns((opening + 1) / self.openings, progress)
+                self._go_round()
+
+    def laps(self) -> Laps:
+        """Every lap so far."""
+        opened = self.opened or [0]
+        control = self.control.measurement(opened) if self.control and self.control.laps_ns else None
+        trips = {
+            f"{side.name} {kind}": [getattr(trip, f"{field}_ms") for trip in side.round_trips]
+            for side in (self.dense, self.pruned)
+            for kind, field in (("with transfers", "with_transfers"), ("host end to end", "host"))
+            if side.round_trips
+        }
+        return Laps(self.dense.measurement(opened), self.pruned.measurement(opened), control, trips)
+
+    def doubts(self) -> list[str]:
+        """What the measurement itself has against its laps, as phrases."""
+        found = [f"{side.name} {side.unsettled}" for side in self.sides if side.unsettled]
+        if self.held_up:
+            times = f", {len(self.held_up)} times in all" if len(self.held_up) > 1 else ""
+            found.append(f"the process was held up for {max(self.held_up):.2g} s{times}, as when it is suspended")
+        return found
+
+    def _take_turns(self, until: float, progress: Progress | None) -> None:
+        """Blocks in the order A B C C B A until every side has that part of its laps, seconds and pairs."""
+        last_ns, done = self.clock(), 0.0
+        while done < until:
+            for order in (self.sides, self.sides[::-1]):
+                for side in order:
+                    side.take_turn(self.pairs)
+                    last_ns = self._notice_hold_up(side, last_ns)
+                self.pairs += 1
+            done = min([side.done() for side in self.sides] + [self.pairs / PAIRS])
+            if progress is not None:
+                progress(min(done, 1.0))
+
+    def _notice_hold_up(self, side: _Side, last_ns: int) -> int:
+        """The time now; a turn that took much longer than its laps should have is remembered."""
+        now_ns = self.clock()
+        laps_ns = side.laps_ns[-side.block_laps :]
+        # What no lap accounts for: the lap that is not timed, and everything between the turns.
+        rest_ns = now_ns - last_ns - sum(laps_ns)
+        self.held_up += [gap_ns / 1e9 for gap_ns in (*laps_ns, rest_ns) if gap_ns > side.held_up_ns]
+        return now_ns
+
+    def _go_round(self) -> None:
+        """Executions with transfers, in turns, where the device has its own clock: enough laps over all openings."""
+        count = math.ceil(self.protocol.laps / self.openings / 2)
+        for side in (self.dense, self.pruned, self.pruned, self.dense):
+            side.go_round(count)
+
+
+def _stopwatch(session: Session, protocol: LatencyProtocol, clock: Clock) -> Callable[[], int]:
+    """What runs one lap and returns its ns: on the device's own clock where it has one."""
+    if isinstance(session, DeviceTimer):
+        if protocol.with_transfers:
+            return lambda: round(session.round_trip().with_transfers_ms * 1e6)
+        return lambda: round(session.timed_lap_ms() * 1e6)
+    lap = session.lap
+
+    def timed() -> int:
+        begun = clock()
+        lap()
+        return clock() - begun
+
+    return timed
 
 
 def _warm_up(session: Session, protocol: LatencyProtocol, clock: Clock) -> tuple[float, str]:
@@ -226,6 +390,8 @@ def _warm_up(session: Session, protocol: LatencyProtocol, clock: Clock) -> tuple
         medians_ms.append(_window_median_ms(session, protocol, clock))
     for _ in range(WARMUP_WINDOWS):
         medians_ms.append(_window_median_ms(session, protocol, clock))
+        if not protocol.settles:
+            return medians_ms[-1], ""
         if len(medians_ms) > 1 and max(medians_ms[-2:]) <= min(medians_ms[-2:]) * (1 + protocol.window_tolerance):
             return medians_ms[-1], ""
     return float(np.median(medians_ms)), (
@@ -235,32 +401,11 @@ def _warm_up(session: Session, protocol: LatencyProtocol, clock: Clock) -> tuple
 
 
 def _window_median_ms(session: Session, protocol: LatencyProtocol, clock: Clock) -> float:
+    lap = _stopwatch(session, protocol, clock)
     begun, laps_ns = clock(), []
     while len(laps_ns) < BLOCK_LAPS or (clock() - begun) / 1e6 < protocol.turn_ms:
-        laps_ns += _timed_laps(session, clock, 1)
+        laps_ns.append(lap())
     return float(np.median(laps_ns)) / 1e6
-
-
-def _timed_laps(session: Session, clock: Clock, count: int) -> list[int]:
-    lap, laps_ns = session.lap, []
-    for _ in range(count):
-        begun = clock()
-        lap()
-        laps_ns.append(clock() - begun)
-    return laps_ns
-
-
-def _take_turns(dense: _Side, pruned: _Side, protocol: LatencyProtocol, progress: Progress | None) -> None:
-    """Blocks in the order A B B A until both sides have their laps and seconds, and there are enough pairs."""
-    pairs, done = 0, 0.0
-    while done < 1:
-        for first, second in ((dense, pruned), (pruned, dense)):
-            first.take_turn(pairs)
-            second.take_turn(pairs)
-            pairs += 1
-        done = min(dense.done(protocol), pruned.done(protocol), pairs / PAIRS)
-        if progress is not None:
-            progress(min(done, 1.0))
 
 
 @contextlib.contextmanager
@@ -276,8 +421,32 @@ def _no_garbage_collection() -> Iterator[None]:
             gc.enable()
 
 
-def _undecided(dense: Measurement, pruned: Measurement, speedup: Speedup) -> str:
+def _gpu_times(turns: _Turns) -> GpuTimes | None:
+    """The three numbers of both sides; None where the device has no clock of its own."""
+    if not (turns.dense.round_trips and turns.pruned.round_trips):
+        return None
+    return GpuTimes(dense=_path_times(turns.dense), pruned=_path_times(turns.pruned))
+
+
+def _path_times(side: _Side) -> PathTimes:
+    batch, trips = side.protocol.batch, side.round_trips
+    # The laps themselves, unless the protocol's laps hold the transfers.
+    compute_ms = (
+        [trip.compute_ms for trip in trips]
+        if side.protocol.with_transfers
+        else [lap_ns / 1e6 for lap_ns in side.laps_ns]
+    )
+    return PathTimes(
+        device_compute=summarise(compute_ms, batch=batch),
+        with_transfers=summarise([trip.with_transfers_ms for trip in trips], batch=batch),
+        host_end_to_end=summarise([trip.host_ms for trip in trips], batch=batch),
+    )
+
+
+def _undecided(dense: Measurement, pruned: Measurement, speedup: Speedup, control: Control | None) -> str:
     """Why these laps allow no verdict, as a phrase; empty when they do."""
+    if control is not None and control.noise > UNDECIDED_WIDTH:
+        return f"the dense network and itself differ by up to {control.noise:.0%} here"
     width = (speedup.high - speedup.low) / speedup.estimate
     if speedup.low <= 1 <= speedup.high and width > UNDECIDED_WIDTH:
         return f"the interval holds 1 and is {width:.0%} of the estimate wide, where {UNDECIDED_WIDTH:.0%} would decide"

@@ -54,20 +54,28 @@ class Requirement(BaseModel):
 
 
 def parse_requirement(text: str) -> Requirement:
-    """The limit that `text` states: a metric, `>=` or `<=`, a number, and the metric's unit.
+    """The limit that `text` states: a metric, its comparison, a number and the metric's unit, spaces between or not.
+
+        requirement = metric comparison number unit
+        metric      = one of METRICS, written as there
+        comparison  = ">=" where more is better (speedup), "<=" where less is (all others)
+        number      = digits with a decimal point and an exponent, if any; a sign makes sense for top1_drop alone
+        unit        = us, µs, ms or s for p50, p90, p99; B, kB, MB or GB (powers of 1000) for size; none otherwise
 
     >>> parse_requirement("p50 <= 900us").limit
     0.9
 
     Raises: ValueError saying which part is wrong, and how it is written.
     """
-    found = re.fullmatch(r"\s*(\w+)\s*([<>=!]*)\s*(.*?)\s*", text)
+    found = re.fullmatch(r"\s*([\w-]+)\s*([<>=!≤≥]*)\s*(.*?)\s*", text)
     if found is None:
         raise ValueError(f"requirement {text!r}: no metric in it. {examples()}")
     name, comparison, value = found.groups()
     metric = _metric(text, name)
     if comparison != metric.comparison:
         given = f"{comparison!r} given" if comparison else "no comparison given"
+        if not comparison and not value:
+            given += " (quote the requirement: a shell takes < and > for files)"
         raise ValueError(f"requirement {text!r}: {name} takes {metric.comparison}, {given}. Write {metric.example!r}.")
     number = re.match(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", value)
     if number is None:
@@ -77,7 +85,7 @@ def parse_requirement(text: str) -> Requirement:
     limit = float(number[0]) * scale
     if not math.isfinite(limit) or (limit <= 0 and name != "top1_drop"):
         raise ValueError(f"requirement {text!r}: a finite number above 0 expected. Write {metric.example!r}.")
-    return Requirement(text=text.strip(), metric=name, limit=limit)
+    return Requirement(text=" ".join(text.split()), metric=name, limit=limit)
 
 
 def examples() -> str:
@@ -88,7 +96,7 @@ def examples() -> str:
 def _metric(text: str, name: str) -> Metric:
     if name in METRICS:
         return METRICS[name]
-    near = difflib.get_close_matches(name.lower(), list(METRICS), n=1, cutoff=0.4)
+    near = difflib.get_close_matches(name.lower(), list(METRICS), n=1, cutoff=0.5)
     hint = f" Did you mean {near[0]!r}?" if near else ""
     raise ValueError(f"requirement {text!r}: unknown metric {name!r}.{hint} Available: {', '.join(METRICS)}.")
 
@@ -96,8 +104,11 @@ def _metric(text: str, name: str) -> Metric:
 def _scale(text: str, name: str, unit: str) -> float:
     """What a number with this unit is multiplied with. Raises: ValueError for a unit that the metric does not have."""
     metric = METRICS[name]
+    unit = unit.replace("μ", "µ")  # the Greek letter for the micro sign, which keyboards give as often
     if unit in (metric.units or {"": 1.0}):
         return metric.units.get(unit, 1.0)
+    if re.match(r",\d", unit):
+        raise ValueError(f"requirement {text!r}: a decimal point expected, a comma given. Write {metric.example!r}.")
     given = f"unit {unit!r} given" if unit else "no unit given"
     expected = f"one of {', '.join(metric.units)} expected" if metric.units else "a number without unit expected"
     if name == "top1_drop":

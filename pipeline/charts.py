@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import statistics
 from bisect import bisect_left
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -15,6 +16,7 @@ WIDTH = 1000
 HEIGHT = 100
 PROFILE_BARS = 64
 HISTOGRAM_BINS = 72
+DRIFT_POINTS = 240
 
 
 class Tick(NamedTuple):
@@ -49,21 +51,41 @@ class Histogram(NamedTuple):
     beyond: int
 
 
-class LatencyAxis(NamedTuple):
-    """The part of the time axis, in ms, that both networks' laps share."""
+class Axis(NamedTuple):
+    """The part of an axis that is drawn, in the unit of its values."""
 
     low: float
     high: float
 
-    def percent(self, value_ms: float) -> float:
-        """Where `value_ms` lies on the axis, in percent of its length."""
-        return round(100 * (value_ms - self.low) / (self.high - self.low), 2)
+    def percent(self, value: float) -> float:
+        """Where `value` lies on the axis, in percent of its length."""
+        return round(100 * (value - self.low) / (self.high - self.low), 2)
+
+    def ticks(self, *, most: int = 6) -> list[Tick]:
+        """Round values on this axis, where they lie on it."""
+        return axis_ticks(self.low, self.high, most=most)
 
 
 class Curve(NamedTuple):
     """A line over steps 1..n; ticks of the vertical axis, which starts at zero."""
 
     path: str
+    ticks: list[Tick]
+
+
+class Span(NamedTuple):
+    """A stretch of an axis and a point in it: left end, length and point, in percent of the axis."""
+
+    left: float
+    length: float
+    point: float
+
+
+class Drift(NamedTuple):
+    """How two networks' laps moved over the run: a line each, and ticks of the axis that they share."""
+
+    dense: str
+    pruned: str
     ticks: list[Tick]
 
 
@@ -114,15 +136,15 @@ def width_columns(widths: Sequence[tuple[int, int]]) -> list[Column]:
     ]
 
 
-def latency_axis(*laps_ms: Sequence[float]) -> LatencyAxis:
+def latency_axis(*laps_ms: Sequence[float]) -> Axis:
     """The shortest axis that shows all laps but the slowest hundredth of each network, with a margin."""
     shown = [sorted(laps)[: max(1, math.ceil(0.99 * len(laps)))] for laps in laps_ms]
     low, high = min(laps[0] for laps in shown), max(laps[-1] for laps in shown)
     margin = 0.04 * (high - low) or 0.05 * high or 1.0
-    return LatencyAxis(low=max(0.0, low - margin), high=high + margin)
+    return Axis(low=max(0.0, low - margin), high=high + margin)
 
 
-def histogram(laps_ms: Sequence[float], axis: LatencyAxis) -> Histogram:
+def histogram(laps_ms: Sequence[float], axis: Axis) -> Histogram:
     """How the laps spread over `axis`; the fullest bin fills the height."""
     bins = [0] * HISTOGRAM_BINS
     for lap_ms in laps_ms:
@@ -137,17 +159,39 @@ def histogram(laps_ms: Sequence[float], axis: LatencyAxis) -> Histogram:
     )
 
 
+def factor_axis(intervals: Sequence[tuple[float, float]]) -> Axis:
+    """The shortest axis that shows every interval of factors and 1, with a margin; never narrower than a tenth."""
+    low, high = min([1.0, *(low for low, _ in intervals)]), max([1.0, *(high for _, high in intervals)])
+    margin = 0.08 * max(high - low, 0.1)
+    missing = max(0.0, 0.1 - (high - low))
+    return Axis(low=max(0.0, low - margin - missing / 2), high=high + margin + missing / 2)
+
+
+def span(low: float, point: float, high: float, axis: Axis) -> Span:
+    """The interval from `low` to `high` on `axis`, with its estimate."""
+    left = axis.percent(low)
+    return Span(left=left, length=round(axis.percent(high) - left, 2), point=axis.percent(point))
+
+
+def drift(dense: Sequence[Sequence[float]], pruned: Sequence[Sequence[float]]) -> Drift:
+    """Medians of blocks in the order they ran, in percent of the median of all laps of that network.
+
+    The axis spans what the lines do, never less than 10 % to either side: calm laps look calm. Above DRIFT_POINTS
+    blocks, neighbours are joined.
+    Shapes: for each network, the laps of every block.
+    """
+    moved = [_relative_medians(blocks) for blocks in (dense, pruned)]
+    far = max(10.0, *(abs(percent) for line in moved for percent in line)) * 1.05
+    paths = [_line([HEIGHT * (far - percent) / (2 * far) for percent in line]) for line in moved]
+    return Drift(dense=paths[0], pruned=paths[1], ticks=Axis(-far, far).ticks(most=4))
+
+
 def curve(values: Sequence[float]) -> Curve:
     """Values over steps as a line above zero; one value alone is a level line."""
     low, high = min(0.0, *values), max(0.0, *values)
-    span = (high - low) or 1.0
-    level = [values[0], values[0]] if len(values) == 1 else values
-    steps = [WIDTH * index / (len(level) - 1) for index in range(len(level))]
-    points = [(x, HEIGHT * (high - value) / span) for x, value in zip(steps, level, strict=True)]
-    return Curve(
-        path="M" + "L".join(f"{_number(x)} {_number(y)}" for x, y in points),
-        ticks=axis_ticks(low, high, most=4),
-    )
+    extent = (high - low) or 1.0
+    path = _line([HEIGHT * (high - value) / extent for value in values])
+    return Curve(path=path, ticks=axis_ticks(low, high, most=4))
 
 
 def axis_ticks(low: float, high: float, *, most: int = 6) -> list[Tick]:
@@ -158,6 +202,19 @@ def axis_ticks(low: float, high: float, *, most: int = 6) -> list[Tick]:
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
     values = [_tidy(index * step, digits=12) for index in range(first, last + 1)]
     return [Tick(round(100 * (value - low) / (high - low), 2), value) for value in values]
+
+
+def _relative_medians(blocks: Sequence[Sequence[float]]) -> list[float]:
+    whole = statistics.median(itertools.chain(*blocks))
+    joined = (itertools.chain(*blocks[start:end]) for start, end in _shares(len(blocks), DRIFT_POINTS))
+    return [100 * (statistics.median(laps) / whole - 1) for laps in joined]
+
+
+def _line(heights: Sequence[float]) -> str:
+    """A line through heights that are equally far apart; one alone is a level line."""
+    level = [heights[0], heights[0]] if len(heights) == 1 else heights
+    steps = [WIDTH * index / (len(level) - 1) for index in range(len(level))]
+    return "M" + "L".join(f"{_number(x)} {_number(y)}" for x, y in zip(steps, level, strict=True))
 
 
 def _profile_bars(scores: Sequence[float], kept: set[int]) -> list[_Bar]:

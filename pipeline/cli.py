@@ -94,6 +94,7 @@ class Stopped(BaseException):
 
 @app.command()
 def prune(
+    context: typer.Context,
     recipe: RecipeFile = None,
     model: Model = None,
     weights: Weights = None,
@@ -136,7 +137,8 @@ def prune(
         return
     if out is None:
         raise ValueError("no output folder was given. Give --out DIR, for example --out runs/first.")
-    _prune(checked, out, resume=resume, as_json=as_json)
+    command = shlex.join(["chip-deploy", *(context.obj or ())])
+    _prune(checked, out, resume=resume, as_json=as_json, command=command)
 
 
 @app.command()
@@ -194,18 +196,27 @@ def build(
 def measure(
     bundle: Bundle,
     target: Annotated[str | None, typer.Option(metavar="TARGET", help="One target; all of them if left out.")] = None,
+    protocol: Annotated[
+        str | None, typer.Option(metavar="NAME", help="chip-deploy, mlperf-like (ten minutes a side) or trtexec.")
+    ] = None,
+    batch: Annotated[
+        str | None, typer.Option(metavar="N[,N...]", help="Images a lap, e.g. 1,8,32; the first is the headline.")
+    ] = None,
 ) -> None:
     """Measure a bundle's engines on this machine, dense beside pruned, and update its report. Needs no torch."""
     if target is not None:
         _parsed_target(target)
+    batches = _batches(batch)
     _require_bundle(bundle)
     with _watching(_console()) as display:
         from .device import remeasure
 
-        rows = remeasure(bundle, target, display)
-    from .tables import engine_table
+        rows = remeasure(bundle, target, display, protocol=protocol, batches=batches)
+    from .tables import engine_sentences, engine_table
 
     _console().print(engine_table(rows))
+    for sentence in engine_sentences(rows):
+        _console().print(sentence, highlight=False, markup=False)
 
 
 @app.command()
@@ -227,18 +238,57 @@ def gate(
     target: Annotated[
         str | None, typer.Option(metavar="TARGET", help="The engine that must comply; every measured one if left out.")
     ] = None,
+    junit: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write the rows as a JUnit test report (XML).")
+    ] = None,
+    markdown: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write a summary for a pull request (Markdown).")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="The rows as JSON on stdout.")] = False,
 ) -> None:
-    """Let a bundle pass only if it meets what is required of it: exits 0, 4 (not met) or 5 (inconclusive)."""
+    """Let a bundle pass only if it meets what is required of it: exits 0, 4 (not met), 5 (inconclusive), 3 or 6."""
     from ..export.gate import check_gate, parse_requirement
+    from ..export.verdict_files import clear_verdicts, write_verdicts
 
     requirements = [parse_requirement(text) for text in require]
     if target is not None:
         _parsed_target(target)
     _require_bundle(bundle)
-    result = _gate_result(lambda: check_gate(bundle, requirements, target=target))
+    clear_verdicts([path for path in (junit, markdown) if path is not None], bundle)
+    result = check_gate(bundle, requirements, target=target)
+    write_verdicts(result, junit=junit, markdown=markdown)
     _show_gate(result, as_json=as_json)
     raise typer.Exit(result.exit_code)
+
+
+@app.command()
+def compare(
+    bundles: Annotated[list[Path], typer.Argument(metavar="BUNDLE...", help="Two or more folders of `prune --out`.")],
+    target: Annotated[
+        str | None, typer.Option(metavar="TARGET", help="One target; all that the bundles share if left out.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write it as one file: .html, .svg (the plot), .md or .json.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="The comparison as JSON on stdout.")] = False,
+) -> None:
+    """Show bundles side by side, and which are on the Pareto front of accuracy against latency. Needs no torch."""
+    from .compare import compare_bundles
+    from .compare_page import comparison_json, comparison_tables, require_comparison_place, write_comparison
+
+    if target is not None:
+        _parsed_target(target)
+    for bundle in bundles:
+        _require_bundle(bundle)
+    if out is not None:
+        require_comparison_place(out, bundles)
+    comparison = compare_bundles(bundles, target=target)
+    if out is not None:
+        write_comparison(comparison, out)
+    if as_json:
+        _print_json(comparison_json(comparison))
+    else:
+        _console().print(comparison_tables(comparison))
 
 
 @app.command()
@@ -269,7 +319,9 @@ def main(argv: list[str] | None = None) -> int:
     command = typer.main.get_command(app)
     try:
         with _stopping_at_signals():
-            code = command.main(args=list(arguments), prog_name="chip-deploy", standalone_mode=False)
+            code = command.main(
+                args=list(arguments), prog_name="chip-deploy", standalone_mode=False, obj=list(arguments)
+            )
     except (Stopped, KeyboardInterrupt, typer.Abort) as err:
         _say(_how_to_continue(arguments))
         return err.exit_code if isinstance(err, Stopped) else 130
@@ -281,12 +333,12 @@ def main(argv: list[str] | None = None) -> int:
     return code if isinstance(code, int) else 0
 
 
-def _prune(recipe: Recipe, out: Path, *, resume: bool, as_json: bool) -> None:
+def _prune(recipe: Recipe, out: Path, *, resume: bool, as_json: bool, command: str) -> None:
     console = _console(stderr=as_json)
     with _stdout_elsewhere(as_json=as_json), _watching(console) as display:
         from .stages import prune as run_stages
 
-        result = run_stages(recipe, out, resume=resume, display=display)
+        result = run_stages(recipe, out, resume=resume, display=display, command=command)
     if as_json:
         _print_json((out / "report.json").read_text(encoding="utf-8"))
     _show_report(result, out, console)
@@ -313,24 +365,16 @@ def _dry_run(recipe: Recipe, *, as_json: bool) -> None:
         console.print(preview_table(preview))
 
 
-def _gate_result(check: Any) -> GateResult:
-    """What `check` returns; an engine with other outputs than the network's has not met what a gate requires."""
-    from ..export.errors import ParityFailed
-
-    try:
-        return check()
-    except ParityFailed as err:
-        _say(_sentence(err))
-        raise typer.Exit(4) from err
-
-
 def _show_gate(result: GateResult, *, as_json: bool) -> None:
     if as_json:
-        _print_json(result.model_dump_json(indent=2))
+        from ..export.verdict_files import result_json
+
+        _print_json(result_json(result))
         return
-    console = _console()
-    for row in result.rows:
-        console.print(f"{row.status}: {row.sentence}", soft_wrap=True, highlight=False, markup=False)
+    left_out = [f"left out: {file}: not measured, and so not judged." for file in result.left_out]
+    rows = [f"{row.status}: {row.sentence}" for row in result.rows]
+    for line in [result.verdict, *left_out, *rows]:
+        _console().print(line, soft_wrap=True, highlight=False, markup=False)
 
 
 def _checked_recipe(
@@ -346,6 +390,14 @@ def _checked_recipe(
             raise ValueError(f"--set {text}: '{key}' is given twice. Give it once.")
         overrides[key] = value
     return load_recipe(path, overrides, needs_budget=needs_budget)
+
+
+def _batches(text: str | None) -> list[int]:
+    """The whole numbers above 0 in `1,8,32`. Raises: ValueError."""
+    parts = [] if text is None else [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise ValueError(f"--batch {text}: whole numbers above 0 are expected, for example --batch 1,8,32.")
+    return list(dict.fromkeys(int(part) for part in parts))
 
 
 def _number(text: str | None) -> int | float | str | None:
@@ -417,6 +469,11 @@ def _stopping_at_signals() -> Iterator[None]:
 
 
 def _how_to_continue(arguments: list[str]) -> str:
+    if arguments[:1] == ["measure"]:
+        return (
+            "interrupted; the laps so far are kept, and the engine counts as not measured. Measure it again with: "
+            f"{shlex.join(['chip-deploy', *arguments])}"
+        )
     if arguments[:1] != ["prune"] or "--dry-run" in arguments:
         return "interrupted."
     again = arguments if "--resume" in arguments else [*arguments, "--resume"]

@@ -3,24 +3,44 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ..export.agree import compare_outputs, require_agreement
-from ..export.bundle import verify_bundle, write_manifest
-from ..export.errors import MachineMismatch
+from ..export.bundle import WORK, Manifest, verify_bundle, write_manifest
+from ..export.errors import BuildFailed, IntegrityError, MachineMismatch, MeasureFailed
 from ..export.golden import Golden, read_golden, run_in_batches
-from ..export.machine import read_machine
-from ..export.measure import LatencyProtocol, compare_latency, laps_path, write_laps
-from ..export.target import Engine, Session, Target, engine_path, parse_target, read_engine
+from ..export.laps_file import every_laps_file
+from ..export.machine import Machine, read_machine
+from ..export.measure import (
+    PROTOCOLS,
+    BatchRow,
+    Laps,
+    LatencyProtocol,
+    Measured,
+    Opener,
+    compare_latency,
+    laps_path,
+    protocol_named,
+    write_laps,
+)
+from ..export.node_times import profile_in_turns
+from ..export.profile import LayerComparison, compare_layers
+from ..export.protocol import FREE
+from ..export.target import Engine, Session, Target, engine_path, parse_target, read_engine, width_step
 from ..export.targets import make_target
+from ..export.watch import Watch
 from .display import Display
 from .report import EngineRow, Report, read_report, write_report
 
 PRECISION = "fp32"
+REPORT_FILES = ("report.json", "report.md", "report.html")
+ENDED_EARLY = "its measurement ended early, and the laps so far are kept; run `chip-deploy measure` again"
 
 Progress = Callable[[float, str], None]
 Judge = Callable[[Session], float | None]
@@ -35,18 +55,29 @@ def rebuild(bundle: Path, target: str) -> Engine:
     made = make_target(parse_target(target), threads=_threads(read_report(bundle)))
     path = engine_path(bundle, made.spec, PRECISION)
     engine = made.build(bundle / "model.onnx", path, precision=PRECISION)
-    laps_path(path).unlink(missing_ok=True)
+    for laps in every_laps_file(path):
+        laps.unlink()
     reason = made.cannot_run(engine) or "built, and not measured since; run `chip-deploy measure`"
     _replace_rows(bundle, [unmeasured_row(engine, reason)])
     write_manifest(bundle, versions=manifest.versions, lineage=manifest.lineage)
     return engine
 
 
-def remeasure(bundle: Path, target: str | None, display: Display) -> list[EngineRow]:
+def remeasure(
+    bundle: Path,
+    target: str | None,
+    display: Display,
+    *,
+    protocol: str | None = None,
+    batches: Sequence[int] = (),
+) -> list[EngineRow]:
     """Measure the bundle's engines again on this machine (one target's, or all that can run here).
 
-    Raises: IntegrityError; ValueError when the bundle has no engine for that target; MachineMismatch when none of the
-    engines asked for can run here.
+    Each engine's row, laps and the manifest change together when it is done, or not at all: a disk that fills leaves
+    the bundle as it was. An interruption leaves the engine unmeasured, with the laps so far beside it. Without
+    `protocol` and `batches` an engine is measured as it was before, or as the recipe says.
+    Raises: IntegrityError; ValueError when the bundle has no engine for that target, or the protocol or a batch cannot
+    be; MachineMismatch when none of the engines asked for can run here.
     """
     manifest = verify_bundle(bundle)
     report = read_report(bundle)
@@ -56,6 +87,7 @@ def remeasure(bundle: Path, target: str | None, display: Display) -> list[Engine
         raise ValueError(
             f"{bundle} has no engine for target '{target}' (it has: {have}). Build one with `chip-deploy build`."
         )
+    protocols = {row.file: _protocols(row, report, protocol, batches) for row in wanted}
     rows, reasons = [], []
     for row in wanted:
         made = make_target(parse_target(row.target), threads=_threads(report))
@@ -64,16 +96,11 @@ def remeasure(bundle: Path, target: str | None, display: Display) -> list[Engine
             reasons.append(f"{row.file}: {reason}")
             continue
         display.stage(f"measure {row.target}")
-        protocol = row.protocol or LatencyProtocol.model_validate(_measure(report))
-        engine, golden = bundle / row.file, read_golden(bundle)
-        laps = laps_path(engine)
-        rows.append(
-            measured_row(made, engine, bundle / "dense.onnx", golden, protocol, display.progress, laps_file=laps)
-        )
+        rows.append(_measure_again(bundle, manifest, made, bundle / row.file, protocols[row.file], display.progress))
+        for sentence in rows[-1].watch.advice if rows[-1].watch else []:
+            display.note(sentence)
     if not rows:
         raise MachineMismatch(f"nothing was measured: {'; '.join(reasons)}.")
-    _replace_rows(bundle, rows)
-    write_manifest(bundle, versions=manifest.versions, lineage=manifest.lineage)
     return rows
 
 
@@ -104,29 +131,36 @@ def measured_row(
     *,
     laps_file: Path,
     judge: Judge | None = None,
+    further_batches: Sequence[int] = (),
 ) -> EngineRow:
     """An engine measured in turns with the dense network, its outputs compared with torch's; the laps go to
-    `laps_file`.
+    `laps_file`, those of each further batch beside it.
 
-    `judge` tells the accuracy of an open engine where evaluation data is at hand.
-    Raises: ParityFailed when the engine's outputs are not torch's; MeasureFailed.
+    `judge` tells the accuracy of an open engine where evaluation data is at hand. A measurement that is ended early
+    leaves the laps so far in the file, marked as incomplete.
+    Raises: ParityFailed when the engine's outputs are not torch's; MeasureFailed; ValueError for a batch that the
+    network does not take.
     """
     engine = read_engine(engine_file)
     machine = read_machine()
-    with (
-        contextlib.closing(target.open(engine_file)) as pruned,
-        contextlib.closing(target.open_onnx(dense_onnx)) as dense,
-    ):
+    protocols = [protocol, *(protocol.model_copy(update={"batch": batch}) for batch in further_batches)]
+    with contextlib.closing(target.open(engine_file)) as pruned:
         agreement = compare_outputs(golden.outputs, run_in_batches(pruned, golden.images))
         require_agreement(agreement, what=engine.file, precision=engine.arithmetic)
         accuracy = judge(pruned) if judge else None
-        feeds = np.resize(golden.images, (protocol.batch, *golden.images.shape[1:]))
-        for session in (dense, pruned):
-            session.bind({session.input_names[0]: feeds})
-        comparison, dense_laps, pruned_laps = compare_latency(
-            dense, pruned, protocol, progress=lambda fraction: progress(fraction, f"{target.spec} {engine.precision}")
+        _require_batches(pruned, [each.batch for each in protocols], what=engine.file)
+        for each in protocols:  # what an engine refuses is found before anything is measured
+            pruned.bind({pruned.input_names[0]: _images(golden, each.batch)})
+    dense_opener = target.onnx_opener(dense_onnx)
+    found: list[Measured] = []
+    for number, each in enumerate(protocols):
+        path = laps_file if not number else laps_file.with_name(laps_path(engine_file, batch=each.batch).name)
+        part = _part_of(progress, number, len(protocols))
+        found.append(
+            _compared(target, engine_file, dense_opener, golden, each, machine=machine, laps_file=path, progress=part)
         )
-    write_laps(laps_file, protocol=protocol, machine=machine, dense=dense_laps, pruned=pruned_laps)
+    comparison = found[0].comparison
+    layers, missing = _layers(target, engine, engine_file, dense_onnx, golden, found[0], protocol.batch)
     numbers = {
         "latency_ms": comparison.pruned,
         "dense_latency_ms": comparison.dense,
@@ -136,8 +170,214 @@ def measured_row(
         "verdict": comparison.verdict,
         "protocol": protocol,
         "machine": machine,
+        "batch": protocol.batch,
+        "control": comparison.control,
+        "watch": found[0].watch,
+        "times": found[0].times,
+        "layers": layers,
+        "batches": [_batch_row(each, one) for each, one in zip(protocols, found, strict=True)],
     }
-    return EngineRow.model_validate(dict(unmeasured_row(engine, comparison.reason)) | numbers)
+    return EngineRow.model_validate(dict(unmeasured_row(engine, f"{comparison.reason}{missing}")) | numbers)
+
+
+def _measure_again(
+    bundle: Path, manifest: Manifest, target: Target, engine: Path, protocols: list[LatencyProtocol], progress: Progress
+) -> EngineRow:
+    """The engine's new row, which report and manifest have as well; ended early, the laps so far and no numbers."""
+    with _work_folder(bundle) as made:
+        first, *further = protocols
+        try:
+            row = measured_row(
+                target,
+                engine,
+                bundle / "dense.onnx",
+                read_golden(bundle),
+                first,
+                progress,
+                laps_file=made / laps_path(engine).name,
+                further_batches=[each.batch for each in further],
+            )
+        except BaseException:
+            if any(made.iterdir()):
+                _place(bundle, manifest, engine, made, unmeasured_row(read_engine(engine), ENDED_EARLY))
+            raise
+        return _place(bundle, manifest, engine, made, row)
+
+
+def _place(bundle: Path, manifest: Manifest, engine: Path, made: Path, row: EngineRow) -> EngineRow:
+    """The row, once it is in the report, the laps in `made` have taken the place of the old ones, and the manifest
+    tells of both; or nothing has changed."""
+    laps = sorted(made.iterdir())
+    old = every_laps_file(engine)
+    changed = {*old, *(engine.parent / path.name for path in laps), *(bundle / name for name in REPORT_FILES)}
+    with _all_or_nothing(sorted(changed), made):
+        for path in old:
+            path.unlink()
+        for path in laps:
+            path.replace(engine.parent / path.name)
+        report = _replace_rows(bundle, [row])
+        write_manifest(bundle, versions=manifest.versions, lineage=manifest.lineage)
+    return next(each for each in report.engines if each.file == row.file)
+
+
+def _part_of(progress: Progress, done: int, parts: int) -> Progress:
+    """What moves `progress` through one of so many parts, after those that are done."""
+    return lambda fraction, text: progress((done + fraction) / parts, text)
+
+
+@contextlib.contextmanager
+def _all_or_nothing(paths: Sequence[Path], store: Path) -> Iterator[None]:
+    """When the block fails, `paths` are the files that they were: kept in `store`, as links, which fill no disk."""
+    before = {path: store / f"before-{number}" for number, path in enumerate(paths) if path.is_file()}
+    for path, kept in before.items():
+        try:
+            os.link(path, kept)
+        except OSError:  # a file system without hard links
+            shutil.copyfile(path, kept)
+    try:
+        yield
+    except BaseException:
+        for path in paths:
+            if path in before:
+                before[path].replace(path)
+            else:
+                path.unlink(missing_ok=True)
+        raise
+
+
+@contextlib.contextmanager
+def _work_folder(bundle: Path) -> Iterator[Path]:
+    """An empty folder that is no part of what ships; it goes when the block ends."""
+    work = bundle / WORK
+    had = work.is_dir()
+    folder = work / "measure"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder if had else work, ignore_errors=True)
+
+
+def _compared(
+    target: Target,
+    engine_file: Path,
+    dense_opener: Opener,
+    golden: Golden,
+    protocol: LatencyProtocol,
+    *,
+    machine: Machine,
+    laps_file: Path,
+    progress: Progress,
+) -> Measured:
+    """Both networks at the protocol's batch, with all laps in `laps_file`; ended early, with those so far."""
+    feeds = _images(golden, protocol.batch)
+    text = f"{target.spec} batch {protocol.batch}"
+
+    def keep(laps: Laps) -> None:
+        write_laps(
+            laps_file, protocol=protocol, machine=machine, dense=laps.dense, pruned=laps.pruned,
+            control_laps=laps.control, round_trips_ms=laps.round_trips_ms, complete=False,
+        )  # fmt: skip
+
+    measured = compare_latency(
+        _bound(dense_opener, feeds),
+        _bound(lambda: target.open(engine_file), feeds),
+        protocol,
+        watch=Watch(gpu=target.spec.name.startswith("trt")),
+        progress=lambda fraction: progress(fraction, text),
+        keep=keep,
+    )
+    laps = measured.laps
+    write_laps(
+        laps_file, protocol=protocol, machine=machine, dense=laps.dense, pruned=laps.pruned, control_laps=laps.control,
+        control=measured.comparison.control, watch=measured.watch, round_trips_ms=laps.round_trips_ms,
+    )  # fmt: skip
+    return measured
+
+
+def _layers(
+    target: Target, engine: Engine, engine_file: Path, dense_onnx: Path, golden: Golden, measured: Measured, batch: int
+) -> tuple[LayerComparison | None, str]:
+    """The times of every layer of both networks in sessions of their own; or None, and a sentence that says why.
+
+    The laps are there already, and a runtime that cannot tell its layers' times does not take them away.
+    """
+    feeds = _images(golden, batch)
+    opener = target.onnx_opener(dense_onnx)
+    try:
+        with (
+            contextlib.closing(_bound(opener, feeds)()) as dense,
+            contextlib.closing(_bound(lambda: target.open(engine_file), feeds)()) as pruned,
+        ):
+            profiles = profile_in_turns(
+                dense, pruned, feeds, dense_onnx=dense_onnx, pruned_onnx=dense_onnx.with_name("model.onnx")
+            )
+    except (BuildFailed, IntegrityError, MeasureFailed, OSError) as err:
+        return None, f" No layer was timed: {err}"
+    step = width_step(target.spec, engine.precision)
+    return compare_layers(*profiles, speedup=measured.comparison.speedup.estimate, width_step=step), ""
+
+
+def _images(golden: Golden, batch: int) -> np.ndarray:
+    """The golden images, again and again, as many as a batch holds."""
+    return np.resize(golden.images, (batch, *golden.images.shape[1:]))
+
+
+def _bound(opener: Opener, feeds: np.ndarray) -> Opener:
+    """`opener`, with `feeds` bound to the one input of what it opens."""
+
+    def opened() -> Session:
+        session = opener()
+        try:
+            session.bind({session.input_names[0]: feeds})
+        except BaseException:
+            session.close()
+            raise
+        return session
+
+    return opened
+
+
+def _require_batches(session: Session, batches: Sequence[int], *, what: str) -> None:
+    """Raises: ValueError for a batch that the network does not take."""
+    fixed = session.input_shapes[session.input_names[0]][0]
+    for batch in batches:
+        if batch < 1 or fixed not in (-1, batch):
+            takes = "batches of at least 1" if fixed == -1 else f"batches of {fixed} only"
+            raise ValueError(
+                f"{what}: a batch of {batch} asked for, and it takes {takes}. "
+                "Export it with --set export.dynamic_batch=true to measure others."
+            )
+
+
+def _batch_row(protocol: LatencyProtocol, measured: Measured) -> BatchRow:
+    comparison = measured.comparison
+    return BatchRow(
+        batch=protocol.batch,
+        dense=comparison.dense,
+        pruned=comparison.pruned,
+        speedup=comparison.speedup,
+        verdict=comparison.verdict,
+        reason=comparison.reason,
+    )
+
+
+def _protocols(row: EngineRow, report: Report, name: str | None, batches: Sequence[int]) -> list[LatencyProtocol]:
+    """How to measure an engine, once for each batch: as asked for, else as it was, else as the recipe says.
+
+    Raises: ValueError for a protocol that there is not.
+    """
+    asked = _measure(report)
+    if name is None:
+        protocol = row.protocol or LatencyProtocol.model_validate(asked)
+        if "openings" not in asked:  # an older record was made with fewer openings than are made now
+            protocol = protocol.model_copy(update={"openings": PROTOCOLS[protocol.kind].openings})
+    else:
+        ours = name == "chip-deploy"
+        protocol = protocol_named(name, **{key: value for key, value in asked.items() if ours or key in FREE})
+    sizes = dict.fromkeys(batches or [measured.batch for measured in row.batches] or [protocol.batch])
+    return [protocol.model_copy(update={"batch": batch}) for batch in sizes]
 
 
 def _measure(report: Report) -> dict[str, Any]:
@@ -149,18 +389,20 @@ def _threads(report: Report) -> int:
     return int(report.recipe["measure"]["threads"])
 
 
+def _with_what_is_known(row: EngineRow, before: EngineRow | None) -> EngineRow:
+    """The row, with the accuracy and the agreement that were found for the very same engine before."""
+    if before is None:
+        return row
+    lasting = {name: getattr(before, name) for name in ("accuracy", "agreement") if getattr(row, name) is None}
+    return row.model_copy(update=lasting)
+
+
 def _replace_rows(bundle: Path, rows: list[EngineRow]) -> Report:
     report = read_report(bundle)
     files = {row.file for row in rows}
-    known = {row.file: row.accuracy for row in report.engines if row.accuracy is not None}
     kept = [row for row in report.engines if row.file not in files]
-    same_engine = {(row.file, row.sha256) for row in report.engines}
-    fresh = [
-        row.model_copy(update={"accuracy": known.get(row.file)})
-        if row.accuracy is None and (row.file, row.sha256) in same_engine and row.verdict != "not measured"
-        else row
-        for row in rows
-    ]
+    known = {(row.file, row.sha256): row for row in report.engines}
+    fresh = [_with_what_is_known(row, known.get((row.file, row.sha256))) for row in rows]
     order = {row.file: place for place, row in enumerate(report.engines)}
     engines = sorted([*kept, *fresh], key=lambda row: order.get(row.file, len(order)))
     updated = report.model_copy(update={"engines": engines})

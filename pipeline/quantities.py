@@ -40,6 +40,16 @@ def factor_interval(low: float, high: float) -> str:
     return f"{_factor_digits(low)}–{_factor_digits(high)}×"
 
 
+def fine_factor(value: float) -> str:
+    """A factor near one, where the third decimal matters: `1.002×`."""
+    return f"{value:.3f}×"
+
+
+def fraction(value: float) -> str:
+    """A part of a whole that is no accuracy, as a percentage of two significant digits: `0.62 %`, `12 %`."""
+    return f"{significant(100 * value, digits=2)} %"
+
+
 def percent(fraction: float, n: int) -> str:
     """A fraction of `n` images: `98.6 %`, with a second decimal from a thousand images on."""
     return f"{100 * fraction:.{_percent_digits(n)}f} %"

@@ -214,10 +214,15 @@ class ExportSection(_Section):
 
 
 class MeasureSection(_Section):
-    """How latency is measured: seconds and laps a side, whichever takes longer."""
+    """How latency is measured: seconds and laps a side, whichever takes longer, shared out among openings.
+
+    `openings` is how often every session is opened anew: two sessions on one file differ by where their memory lies.
+    With two or three the interval is hardly ever narrow enough for a verdict; with one it speaks for one session.
+    """
 
     seconds: float = Field(default=3.0, gt=0)
     laps: int = Field(default=200, ge=1)
+    openings: int = Field(default=6, ge=1)
     warmup_ms: float = Field(default=200.0, ge=0)
     batch: int = Field(default=1, ge=1)
     threads: int = Field(default=1, ge=1)

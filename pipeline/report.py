@@ -11,10 +11,14 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from ..export.agree import Agreement
 from ..export.bundle import write_atomic
-from ..export.laps import Quantiles, Speedup
+from ..export.laps import Control, Quantiles, Speedup
+from ..export.laps_file import RecordedLaps, find_laps, read_laps
 from ..export.machine import Machine
-from ..export.measure import LatencyProtocol, read_laps
-from .report_page import Laps, html_page, markdown_page, pages_unavailable, summary_table
+from ..export.measure import BatchRow, GpuTimes
+from ..export.profile import LayerComparison
+from ..export.protocol import LatencyProtocol
+from ..export.watch import MachineWatch
+from .report_page import html_page, markdown_page, pages_unavailable, summary_table
 
 __all__ = [
     "Accuracy",
@@ -104,6 +108,18 @@ class EngineRow(_Part):
     protocol: LatencyProtocol | None = None
     machine: Machine | None = None
     """Where it was measured."""
+    batch: int = Field(default=1, ge=1)
+    """Images in one lap."""
+    control: Control | None = None
+    """The dense network against itself: what counts as no difference on that machine."""
+    watch: MachineWatch | None = None
+    """The machine before and after the laps."""
+    layers: LayerComparison | None = None
+    """Where the time went, layer by layer."""
+    times: GpuTimes | None = None
+    """Device compute, with transfers and host end to end, kept apart; GPU targets only."""
+    batches: list[BatchRow] = []
+    """One a batch size where several were measured; the first is this row's own."""
     built_for: dict[str, str] = {}
     flags: dict[str, Any] = {}
     versions: dict[str, str] = {}
@@ -112,7 +128,8 @@ class EngineRow(_Part):
     @model_validator(mode="after")
     def _truthful(self) -> EngineRow:
         numbers = (self.latency_ms, self.dense_latency_ms, self.speedup)
-        if self.verdict == "not measured" and any(number is not None for number in numbers):
+        findings = (*numbers, self.control, self.layers, self.times, *self.batches)
+        if self.verdict == "not measured" and any(finding is not None for finding in findings):
             raise ValueError(f"{self.target}: an engine that was not measured cannot have a latency or a speed-up")
         if self.verdict in ("faster", "not faster") and any(number is None for number in numbers):
             raise ValueError(f"{self.target}: the verdict {self.verdict!r} needs both latencies and the speed-up")
@@ -134,6 +151,13 @@ class GroupReport(_Part):
     """One a channel, in the dense network's numbering; empty where the group was not scored."""
     kept: list[int]
     """Positions in the dense network's numbering."""
+    images: int | None = Field(default=None, ge=1)
+    """Images that the scores were made from."""
+    stability: Fraction | None = None
+    """Share of the kept set that stays the same in 95 % of the bootstrap resamples of the images."""
+    settled: bool | None = None
+    """Whether more images would have left the kept set as it is, as far as the resamples tell."""
+    score_seconds: float | None = Field(default=None, ge=0)
 
     @model_validator(mode="after")
     def _consistent(self) -> GroupReport:
@@ -188,6 +212,10 @@ class Report(_Part):
     stages_s: dict[str, float]
     machine: Machine
     versions: dict[str, str]
+    digests: dict[str, str] = {}
+    """SHA-256 of what this run started from and of what it made, by name."""
+    command: str = ""
+    """The command line that ran, quoted for a shell."""
     recipe: dict[str, Any]
     """The resolved recipe."""
     notes: list[str] = []
@@ -197,9 +225,9 @@ class Report(_Part):
 def write_report(report: Report, out_dir: Path) -> list[Path]:
     """The files that hold `report` now: report.json, report.md and report.html in `out_dir`.
 
-    The laps of measured engines are read from `engines/NAME.latency.json` where these exist. Without jinja2 (a device
-    that carries the base package only) the pages are not written, and older ones, which would contradict the JSON,
-    are removed: `report_page.pages_unavailable()` says so in a sentence, and `render` makes them elsewhere.
+    The laps of measured engines are read from `engines/NAME.latency.json.gz` where these exist. Without jinja2 (a
+    device that carries the base package only) the pages are not written, and older ones, which would contradict the
+    JSON, are removed: `report_page.pages_unavailable()` says so in a sentence, and `render` makes them elsewhere.
     Raises: ValueError, with nothing written, for a report that contradicts itself (copies are checked here again).
     """
     path = out_dir / REPORT
@@ -262,14 +290,13 @@ def _write_pages(report: Report, out_dir: Path) -> list[Path]:
     return [markdown, page]
 
 
-def _laps(report: Report, out_dir: Path) -> dict[str, Laps]:
+def _laps(report: Report, out_dir: Path) -> dict[str, RecordedLaps]:
     """Laps by engine file, for the engines whose laps lie beside them."""
     laps = {}
     for engine in report.engines:
-        path = out_dir / PurePosixPath(engine.file).with_suffix(".latency.json")
+        path = find_laps(out_dir / PurePosixPath(engine.file))
         if engine.latency_ms is not None and path.is_file():
-            kept = read_laps(path)
-            laps[engine.file] = Laps(dense_ms=kept.dense_laps_ms, pruned_ms=kept.pruned_laps_ms)
+            laps[engine.file] = read_laps(path)
     return laps
 
 

@@ -126,8 +126,10 @@ class Prepared:
         return self.recipe.model.weights is None and self.data.has_accuracy
 
 
-def prune(recipe: Recipe, out: Path, *, resume: bool, display: Display) -> reports.Report:
+def prune(recipe: Recipe, out: Path, *, resume: bool, display: Display, command: str = "") -> reports.Report:
     """Run every stage into the folder `out`; with resume=True go on where an earlier run of this recipe stopped.
+
+    `command` is what the report says was run.
 
     Raises: ValueError and FileNotFoundError for what the user can put right (nothing is left behind then);
     TargetUnavailable; CannotCut and SurgeryRefused when the network cannot be cut rightly; other ExportErrors.
@@ -151,7 +153,7 @@ def prune(recipe: Recipe, out: Path, *, resume: bool, display: Display) -> repor
         _make_folder(out / WORK)
         write_atomic(out / WORK / RECIPE_FILE, recipe_toml(recipe).encode())
         try:
-            return _run(ready, out, display)
+            return _run(ready, out, display, command)
         except (ValueError, FileNotFoundError, CannotCut, SurgeryRefused):
             if not (out / WORK / "cut").exists():  # what is found wrong later costs no finished work
                 _clear(out)
@@ -445,7 +447,7 @@ def _clear(out: Path) -> None:
 # -- the stages --------------------------------------------------------------------------------------------------------
 
 
-def _run(ready: Prepared, out: Path, display: Display) -> reports.Report:
+def _run(ready: Prepared, out: Path, display: Display, command: str) -> reports.Report:
     journal = Journal(out / WORK, display, versions=_versions())
     dense = _dense_stage(ready, journal)
     scores = _score_stage(ready, journal, dense)
@@ -460,7 +462,7 @@ def _run(ready: Prepared, out: Path, display: Display) -> reports.Report:
         "dense": dense, "score": scores, "plan": plan, "cut": cut, "tune": tuned, "export": onnx, "agree": agreed,
         "build": built, "measure": measured,
     }  # fmt: skip
-    return _report_stage(ready, journal, out, stages)
+    return _report_stage(ready, journal, out, stages, command)
 
 
 def _dense_stage(ready: Prepared, journal: Journal, *, judged: bool = True) -> StageResult:
@@ -800,14 +802,12 @@ def _measure_stage(ready: Prepared, journal: Journal, onnx: StageResult, built: 
     return journal.stage("measure", inputs, make)
 
 
-def _report_stage(ready: Prepared, journal: Journal, out: Path, stages: Mapping[str, StageResult]) -> reports.Report:
+def _report_stage(
+    ready: Prepared, journal: Journal, out: Path, stages: Mapping[str, StageResult], command: str
+) -> reports.Report:
     """The bundle put together: files into place, report, manifest; the work folder goes last."""
     journal.display.stage("report")
     _place(out, stages)
-    report = _report(ready, journal, stages)
-    for note in report.notes[: len(_collapse(report.accuracy))]:
-        journal.display.note(note)
-    reports.write_report(report, out)
     plan = _read_plan(stages["plan"])
     lineage = {
         **_origin(ready),
@@ -815,6 +815,10 @@ def _report_stage(ready: Prepared, journal: Journal, out: Path, stages: Mapping[
         "plan_sha256": sha256_file(out / "plan.json"),
         "onnx_sha256": sha256_file(out / "model.onnx"),
     }
+    report = _report(ready, journal, stages, lineage).model_copy(update={"command": command})
+    for note in report.notes[: len(_collapse(report.accuracy))]:
+        journal.display.note(note)
+    reports.write_report(report, out)
     write_manifest(out, versions=_versions(), lineage=lineage)
     shutil.rmtree(out / WORK)
     journal.display.done()
@@ -834,7 +838,7 @@ def _place(out: Path, stages: Mapping[str, StageResult]) -> None:
     shutil.rmtree(out / "engines", ignore_errors=True)
     (out / "engines").mkdir()
     engines = sorted(stages["build"].file("engines").iterdir())
-    laps = sorted(stages["measure"].folder.glob("*.latency.json"))
+    laps = sorted(stages["measure"].folder.glob("*.latency.json.gz"))
     for path in (*engines, *laps):
         _copy_atomically(path, out / "engines" / path.name)
 
@@ -847,7 +851,9 @@ def _copy_atomically(source: Path, target: Path) -> None:
 # -- the report --------------------------------------------------------------------------------------------------------
 
 
-def _report(ready: Prepared, journal: Journal, stages: Mapping[str, StageResult]) -> reports.Report:
+def _report(
+    ready: Prepared, journal: Journal, stages: Mapping[str, StageResult], lineage: Mapping[str, str]
+) -> reports.Report:
     recipe, plan = ready.recipe, _read_plan(stages["plan"])
     facts = {name: stage.facts for name, stage in stages.items()}
     accuracies = {
@@ -863,7 +869,7 @@ def _report(ready: Prepared, journal: Journal, stages: Mapping[str, StageResult]
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         model=recipe.model.name,
         data=recipe.data.name,
-        criterion=recipe.score.criterion,
+        criterion=facts["score"]["criterion"],
         budget=_budget_sentence(recipe, ready.rules),
         input_shape=plan.input_shape,
         classes=ready.built.num_classes,
@@ -886,14 +892,17 @@ def _report(ready: Prepared, journal: Journal, stages: Mapping[str, StageResult]
         machine=read_machine(),
         versions=_versions(),
         recipe=recipe.model_dump(mode="json"),
+        digests={name.removesuffix("_sha256").replace("_", " "): digest for name, digest in lineage.items() if digest},
         notes=[*_collapse(accuracy), *_notes(ready, facts, plan)],
     )
 
 
 def _group_reports(ready: Prepared, stages: Mapping[str, StageResult], plan: PrunePlan) -> list[reports.GroupReport]:
-    scores = ChannelScores.from_file(str(stages["score"].file("scores.safetensors"))).scores
+    scored = ChannelScores.from_file(str(stages["score"].file("scores.safetensors")))
+    seconds = stages["score"].facts["seconds"]
     found = []
     for cut in plan.groups:
+        rests_on = scored.layers.get(cut.layer)
         place = {channel: n for n, channel in enumerate(cut.channels or range(cut.width_before))}
         found.append(
             reports.GroupReport(
@@ -901,8 +910,12 @@ def _group_reports(ready: Prepared, stages: Mapping[str, StageResult], plan: Pru
                 coupled=cut.coupled,
                 width_before=cut.width_before,
                 width_after=cut.width_after,
-                scores=scores[cut.layer].tolist(),
+                scores=scored.scores[cut.layer].tolist(),
                 kept=[place[channel] for channel in cut.kept],
+                images=rests_on.images if rests_on else None,
+                stability=rests_on.stability if rests_on else None,
+                settled=rests_on.settled if rests_on and rests_on.stability is not None else None,
+                score_seconds=seconds.get(cut.layer),
             )
         )
     return found

@@ -12,7 +12,7 @@ from rich.text import Text
 
 if TYPE_CHECKING:
     from ..chip.scores import ChannelScores, LayerEvidence
-    from ..export.measure import Quantiles
+    from ..export.laps import Quantiles, Speedup
     from .recipe import ScoreSection
     from .report import EngineRow
     from .stages import CutPreview
@@ -118,18 +118,37 @@ def _signs(encoding: str) -> str:
 
 
 def engine_table(rows: list[EngineRow]) -> Table:
-    """What was measured, dense beside pruned for every engine, and the verdict; any other than faster says why."""
-    table = plain_table("engine", "dense p50", "pruned p50", "speed-up", last="verdict")
+    """What was measured, dense beside pruned for every engine and batch, and the verdict."""
+    table = plain_table("engine", "batch", "dense p50", "pruned p50", "speed-up", last="verdict")
     for row in rows:
-        speedup = row.speedup
-        table.add_row(
-            Text(f"{row.target} {row.precision}"),
-            _p50(row.dense_latency_ms),
-            _p50(row.latency_ms),
-            f"{speedup.estimate:.2f} ({speedup.low:.2f} to {speedup.high:.2f})" if speedup else "-",
-            Text(row.verdict if row.verdict == "faster" else f"{row.verdict}: {row.reason}"),
-        )
+        name = Text(f"{row.target} {row.precision}")
+        if not row.batches:
+            table.add_row(
+                name, str(row.batch), *_latencies(row.dense_latency_ms, row.latency_ms, row.speedup), row.verdict
+            )
+        for each in row.batches:
+            table.add_row(name, str(each.batch), *_latencies(each.dense, each.pruned, each.speedup), each.verdict)
     return table
+
+
+def engine_sentences(rows: list[EngineRow]) -> list[str]:
+    """Why an engine's verdict is none, a sentence for each engine and batch that was not found faster."""
+    sentences = []
+    for row in rows:
+        name = f"{row.target} {row.precision}"
+        if not row.batches and row.verdict != "faster":
+            sentences.append(f"{name}: {row.verdict}: {row.reason}")
+        sentences += [
+            f"{name}, batch {each.batch}: {each.verdict}: {each.reason}"
+            for each in row.batches
+            if each.verdict != "faster"
+        ]
+    return sentences
+
+
+def _latencies(dense: Quantiles | None, pruned: Quantiles | None, speedup: Speedup | None) -> tuple[str, str, str]:
+    ratio = f"{speedup.estimate:.2f} ({speedup.low:.2f} to {speedup.high:.2f})" if speedup else "-"
+    return _p50(dense), _p50(pruned), ratio
 
 
 def _p50(quantiles: Quantiles | None) -> str:

@@ -104,7 +104,7 @@ def test_without_a_command_the_help_is_shown(capsys: pytest.CaptureFixture[str])
 
 
 def test_the_help_of_every_command_fits_80_columns(capsys: pytest.CaptureFixture[str]) -> None:
-    for name in ("prune", "score", "build", "measure", "verify", "gate", "report", "doctor"):
+    for name in ("prune", "score", "build", "measure", "verify", "gate", "compare", "report", "doctor"):
         assert main([name, "--help"]) == 0
         out = capsys.readouterr().out
         assert f"Usage: chip-deploy {name}" in out

@@ -8,7 +8,7 @@ import math
 import random
 import re
 import shutil
-import subprocess
+from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,13 @@ from pydantic import ValidationError
 from rich.console import Console
 
 from chip_deploy.export.agree import Agreement
-from chip_deploy.export.laps import Quantiles, Speedup
+from chip_deploy.export.laps import Control, Quantiles, Speedup
 from chip_deploy.export.machine import Machine
-from chip_deploy.export.measure import LatencyProtocol
-from chip_deploy.pipeline import charts, quantities, report, report_page
+from chip_deploy.export.measure import BatchRow, GpuTimes, PathTimes
+from chip_deploy.export.profile import LayerComparison, LayerTime
+from chip_deploy.export.protocol import LatencyProtocol
+from chip_deploy.export.watch import GpuState, MachineState, MachineWatch
+from chip_deploy.pipeline import charts, quantities, report, report_layers, report_page, wording
 from chip_deploy.pipeline.report import (
     Accuracy,
     Cost,
@@ -163,6 +166,97 @@ def random_report() -> Report:
     )
 
 
+@functools.cache
+def rich_report() -> Report:
+    """The digits report with everything that can be known about a measured engine and its scores."""
+    base = digits_report()
+    found = {
+        "control": Control(speedup=Speedup(estimate=1.002, low=0.994, high=1.008), noise=0.008),
+        "watch": MachineWatch(
+            before=state(load=0.5, others=0.01, celsius=41.0),
+            after=state(load=2.6, others=0.27, celsius=63.0),
+            seconds=6.4,
+            doubt="other processes used 27 % of the CPU",
+            advice=["Close what else runs; `cpupower frequency-set -g performance` keeps the clock up."],
+        ),
+        "layers": layers([f"layer{n}.0.conv1" for n in range(1, 5)]),
+        "times": GpuTimes(dense=paths(4.0), pruned=paths(2.5)),
+        "batches": [
+            batch(1, 1.634, verdict="faster", reason="speed-up 1.634"),
+            batch(8, 1.021, verdict="unstable", reason="the machine ran at two speeds"),
+        ],
+    }
+    known = {"images": 640, "score_seconds": 0.4}
+    groups = [
+        group.model_copy(update=known | {"stability": stability, "settled": stability > 0.9})
+        for group, stability in zip(base.groups, (1.0, 0.97, 0.8125), strict=True)
+    ]
+    engines = [base.engines[0].model_copy(update=found), *base.engines[1:]]
+    more = {"command": "chip-deploy prune --model resnet18", "digests": {"plan": "ef" * 32}}
+    return base.model_copy(update={"engines": engines, "groups": groups, **more})
+
+
+@functools.cache
+def deep_report() -> Report:
+    """The deep network, each of its 120 layers timed and each of its groups tested for stability."""
+    base = random_report()
+    groups = [
+        group.model_copy(update={"images": 64, "stability": 1 - n / 200, "settled": n < 100})
+        for n, group in enumerate(base.groups)
+    ]
+    engine = base.engines[0].model_copy(update={"layers": layers([group.layer for group in groups])})
+    return base.model_copy(update={"engines": [engine], "groups": groups})
+
+
+def state(*, load: float, others: float, celsius: float) -> MachineState:
+    gpu = GpuState(name="NVIDIA L4", sm="sm89", sm_mhz=2040.0, power_limit_w=72.0, temperature_c=celsius)
+    return MachineState(cpu="AMD EPYC 9B14", load=load, others_share=others, throttled=0, gpu=gpu)
+
+
+def layers(names: list[str]) -> LayerComparison:
+    """Each layer takes a microsecond longer than the one before it; the third is held up by memory."""
+    rows = [
+        LayerTime(
+            layer=name,
+            operators=["Conv", "Relu"],
+            dense_ms=0.010 + 0.001 * n,
+            pruned_ms=0.009 + 0.001 * n,
+            dense_macs=2_000_000,
+            pruned_macs=1_000_000,
+            widths="64 -> 48",
+            predicted_ms=(0.010 + 0.001 * n) / 2,
+            why="memory-bound" if n == 2 else "",
+        )
+        for n, name in enumerate(names)
+    ]
+    added = rows[0].model_copy(
+        update={"layer": "runtime: reorder", "dense_macs": 0, "pruned_macs": 0, "predicted_ms": None, "why": "overhead"}
+    )
+    return LayerComparison(
+        rows=[*rows, added],
+        profiled_on="onnxruntime's profiler, batch 1, median of 100 laps",
+        efficiency=0.81,
+        sentences=["MACs fell 2.02 times and the speed-up is 1.63: an efficiency of 81%."],
+    )
+
+
+def paths(device_ms: float) -> PathTimes:
+    """A network that needs a millisecond for its copies and another one on the host."""
+    times = (quantiles(device_ms + n, p99=True) for n in range(3))
+    return PathTimes(**dict(zip(PathTimes.model_fields, times, strict=True)))
+
+
+def batch(images: int, speedup: float, *, verdict: str, reason: str) -> BatchRow:
+    return BatchRow(
+        batch=images,
+        dense=quantiles(4.0 * images, p99=True),
+        pruned=quantiles(2.5 * images, p99=True),
+        speedup=Speedup(estimate=speedup, low=speedup - 0.03, high=speedup + 0.03),
+        verdict=verdict,  # pyright: ignore[reportArgumentType]
+        reason=reason,
+    )
+
+
 def hostile_report() -> Report:
     """Every free text of a report says what an attacker, or an unlucky layer name, would."""
     engine = UNMEASURED.model_copy(
@@ -179,6 +273,8 @@ def hostile_report() -> Report:
             **texts,
             "engines": [engine],
             "groups": [group(HOSTILE, 8, 4, [HOSTILE])],
+            "command": HOSTILE,
+            "digests": {HOSTILE: HOSTILE},
             "stages_s": {HOSTILE: 1.0},
             "machine": machine().model_copy(update={"cpu": HOSTILE}),
             "versions": {HOSTILE: HOSTILE},
@@ -186,6 +282,22 @@ def hostile_report() -> Report:
             "notes": [HOSTILE],
         }
     )
+
+
+def hostile_measured_report() -> Report:
+    """What was measured says what an attacker would, too."""
+    rich = rich_report()
+    engine = rich.engines[0]
+    assert engine.watch is not None
+    assert engine.layers is not None
+    watch = engine.watch.model_copy(
+        update={"doubt": HOSTILE, "advice": [HOSTILE], "before": state(load=0, others=0, celsius=0)}
+    )
+    row = engine.layers.rows[0].model_copy(update={"layer": HOSTILE, "operators": [HOSTILE], "widths": HOSTILE})
+    layered = engine.layers.model_copy(update={"rows": [row], "profiled_on": HOSTILE, "sentences": [HOSTILE]})
+    found = {"reason": HOSTILE, "target": HOSTILE, "precision": HOSTILE, "watch": watch, "layers": layered}
+    found["batches"] = [batch(images, 1.0, verdict="unstable", reason=HOSTILE) for images in (1, 8)]
+    return rich.model_copy(update={"engines": [engine.model_copy(update=found)]})
 
 
 def with_laps(folder: Path) -> Path:
@@ -263,7 +375,9 @@ def terminal(value: Report) -> str:
     return out.getvalue()
 
 
-REPORTS = pytest.mark.parametrize("make", [digits_report, random_report, hostile_report])
+REPORTS = pytest.mark.parametrize(
+    "make", [digits_report, rich_report, random_report, deep_report, hostile_report, hostile_measured_report]
+)
 
 
 # report.json
@@ -313,6 +427,23 @@ def test_the_schema_asks_for_every_field_that_is_written() -> None:
     assert set(schema["$defs"]["EngineRow"]["required"]) == written["engines"][0].keys()
 
 
+def test_a_report_from_before_these_were_recorded_reads_as_one_without_them(tmp_path: Path) -> None:
+    write_report(digits_report(), tmp_path)
+    path = tmp_path / "report.json"
+    old = json.loads(path.read_text())
+    del old["digests"], old["command"]
+    for engine in old["engines"]:
+        for name in ("batch", "control", "watch", "layers", "times", "batches"):
+            del engine[name]
+        for quantiles_of in filter(None, (engine["latency_ms"], engine["dense_latency_ms"])):
+            del quantiles_of["throughput"], quantiles_of["early_stopping_p90"]
+    for channels in old["groups"]:
+        for name in ("images", "stability", "settled", "score_seconds"):
+            del channels[name]
+    path.write_text(json.dumps(old))
+    assert read_report(tmp_path) == digits_report()
+
+
 def test_a_missing_report_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"report\.json: no report here\. Give the directory"):
         read_report(tmp_path)
@@ -349,6 +480,13 @@ def test_an_engine_that_was_not_measured_has_no_number(number: str) -> None:
     faster = digits_report().engines[0]
     with pytest.raises(ValidationError, match="not measured cannot have"):
         EngineRow.model_validate(UNMEASURED.model_dump() | {number: getattr(faster, number)})
+
+
+@pytest.mark.parametrize("finding", ["control", "layers", "times", "batches"])
+def test_nothing_is_found_about_an_engine_that_was_not_measured(finding: str) -> None:
+    rich = rich_report().engines[0]
+    with pytest.raises(ValidationError, match="not measured cannot have"):
+        EngineRow.model_validate(UNMEASURED.model_dump() | {finding: getattr(rich, finding)})
 
 
 @pytest.mark.parametrize("verdict", ["faster", "not faster"])
@@ -454,32 +592,145 @@ def test_a_percentile_that_the_laps_cannot_support_is_left_out(write: Any) -> No
     assert "Latency p99" not in write(random_report())
 
 
+def card_of(value: Report) -> str:
+    """The first card of the page."""
+    html = page_of(value)
+    start = html.index('<li class="card')
+    return html[start : html.index("</li>", start)]
+
+
 def test_not_faster_is_as_large_as_faster() -> None:
-    cards = [
-        re.sub(r"not-faster|faster", "VERDICT", re.search(r'<li class="card.*?</li>', page_of(make()), re.S)[0])  # type: ignore[index]
-        for make in (digits_report, random_report)
-    ]
-    tags = [re.findall(r"<[^>]+>", card) for card in cards]
+    cards = [card_of(make()) for make in (digits_report, random_report)]
+    assert '<p class="word">Not faster 0.98×</p>' in cards[1]
+    shown = [re.sub(r'<p class="reason">.*?</p>', "", re.sub(r"not-faster|faster", "VERDICT", card)) for card in cards]
+    # The same elements in the same classes; only where a label stands depends on the numbers.
+    tags = [re.findall(r"<\w+", card) + re.findall(r'<p class="[^"]+"', card) for card in shown]
     assert tags[0] == tags[1]
-    assert '<p class="word">Not faster 0.98×</p>' in cards[1].replace("Not VERDICT", "Not faster")
     sizes = re.findall(r"\.card[^{]*\{[^}]*font-size", page_of(random_report()))
-    assert [rule.split("{")[0].strip() for rule in sizes] == [".card .word", ".card .reason"]
+    assert not [rule for rule in sizes if "faster" in rule]
 
 
-def test_the_card_tells_the_interval_once() -> None:
-    told = measured("faster", p99=True, speedup=(1.634, 1.602, 1.655), reason="95 % interval 1.602 to 1.655")
-    silent = told.model_copy(update={"reason": "as measured"})
-    for engine, expected in ((told, "95 % interval 1.602 to 1.655"), (silent, "95 % interval 1.60–1.66×; median 4.17")):
-        html = page_of(digits_report().model_copy(update={"engines": [engine]}))
-        card = html[html.index('<li class="card') : html.index("</li>", html.index('<li class="card'))]
-        assert card.count("interval") == 1
-        assert expected in card
+@pytest.mark.parametrize(
+    ("reason", "said"),
+    [
+        ("speed-up 1.634 (95 % interval 1.602 to 1.655), p50 2.551 ms against 4.169 ms of dense.", []),
+        ("slower than dense: speed-up 0.978 (95 % interval 0.951 to 0.99).", ["Slower than dense."]),
+        (
+            "no verdict, because it was hot; speed-up 1.2 (95 % interval 1.1 to 1.3).",
+            ["No verdict, because it was hot."],
+        ),
+        ("as measured", ["As measured."]),
+    ],
+)
+def test_the_card_tells_each_number_once(reason: str, said: list[str]) -> None:
+    engine = digits_report().engines[0].model_copy(update={"reason": reason})
+    card = card_of(digits_report().model_copy(update={"engines": [engine]}))
+    assert re.findall(r'<p class="reason">(.*?)</p>', card) == said
+    assert card.count("interval 1.60–1.66×") == card.count("Median 4.17 ms dense, 2.55 ms pruned") == 1
+
+
+def test_the_card_says_whether_the_machine_was_steady() -> None:
+    assert "Noise floor 0.80 %; machine not steady." in card_of(rich_report())
+    assert "trust" not in card_of(digits_report())
 
 
 def test_the_verdict_stands_before_everything_else() -> None:
     html = page_of(digits_report())
     assert html.index('class="card faster"') < html.index("<nav") < html.index("<table")
     assert "faster 1.63× on ort-cpu fp32" in html[: html.index("</title>")]
+
+
+@pytest.mark.parametrize("write", [text_of, report_page.markdown_page])
+def test_the_noise_floor_and_both_states_of_the_machine_are_told(write: Any) -> None:
+    text = write(rich_report()).replace("\u00a0", " ").replace("\\", "")
+    assert "came out at 1.002× (95 % interval 0.994× to 1.008×): a difference below 0.80 % is noise" in text
+    assert "Other processes used 27 % of the CPU." in text
+    for before, after in (("1.0 %", "27 %"), ("0.5", "2.6"), ("41 °C", "63 °C")):
+        assert re.search(rf"{before}[ |]+{after}", text)
+    assert "not measured against itself" in write(digits_report())
+
+
+@pytest.mark.parametrize("write", [text_of, report_page.markdown_page])
+def test_gpu_times_and_batch_sizes_are_kept_apart(write: Any) -> None:
+    text = re.sub(r"[ |]+", " ", write(rich_report()))
+    for row in (
+        "Device compute 4.00 ms 2.50 ms 1.60×",
+        "With transfers 5.00 ms 3.50 ms 1.43×",
+        "Host, end to end 6.00 ms 4.50 ms 1.33×",
+    ):
+        assert row in text
+    assert re.search(r"8 32\.0 ms 20\.0 ms 1\.02× \(0\.99–1\.05×\) .*unstable", text)
+    assert "Device compute" not in write(digits_report())
+
+
+def test_one_batch_size_alone_is_no_table() -> None:
+    rich = rich_report()
+    engine = rich.engines[0].model_copy(update={"batches": rich.engines[0].batches[:1]})
+    assert "Batch sizes of" in page_of(rich)
+    assert "Batch sizes of" not in page_of(rich.model_copy(update={"engines": [engine]}))
+
+
+@pytest.mark.parametrize("write", [text_of, report_page.markdown_page])
+def test_every_layer_stands_beside_what_its_macs_promised(write: Any) -> None:
+    text = re.sub(r"[ |]+", " ", write(rich_report()).replace("\\", ""))
+    # 12 µs dense, 11 µs pruned, and half of the MACs are left: 1.09 times faster where 2 times was promised.
+    assert re.search(r"3 layer3\.0\.conv1 .*64 → 48 12\.0 11\.0 1\.09× 2\.00× memory-bound", text)
+    assert "an efficiency of 81%" in text
+    assert "No layer was timed on its own." in write(digits_report())
+
+
+def test_of_a_deep_network_the_slowest_layers_come_first_and_none_is_lost() -> None:
+    (view,) = report_layers.layers_views(deep_report().engines)
+    # The last layer is the slowest, by how they were made; the one that the runtime added is as fast as the first.
+    assert [layer.number for layer in view.first] == list(range(101, 121))
+    assert sorted(layer.number for layer in view.first + view.rest) == list(range(1, 122))
+    shown = {layer.number for layer in report_layers.layers_views(rich_report().engines)[0].first}
+    assert shown == set(range(1, 6))
+
+
+@pytest.mark.parametrize("write", [text_of, report_page.markdown_page])
+def test_the_stability_of_the_scores_is_told_for_every_group(write: Any) -> None:
+    text = re.sub(r"[ |]+", " ", write(rich_report()).replace("\\", ""))
+    assert "2 of 3 groups settled; the least stable is group 3 with 81.2 % of its kept channels" in text
+    assert "from 640 images; scored in 1.20 s." in text
+    assert "3 layer4 640 81.2 % no 0.40 s" in text
+    assert "settled;" not in write(digits_report())
+
+
+def test_of_many_groups_the_least_stable_are_shown_and_the_others_on_request() -> None:
+    html = page_of(deep_report())
+    section = html[html.index('<section id="scores"') : html.index('<section id="tuning"')]
+    first, rest = section.split("<summary>The other 110 groups</summary>")
+    assert re.findall(r'href="#group-(\d+)"', first) == [str(number) for number in range(120, 110, -1)]
+    assert len(re.findall(r'href="#group-(\d+)"', rest)) == 110
+    assert "<details>\n<summary>The scores of 120 groups</summary>" in section
+
+
+def test_a_share_is_never_rounded_up_to_the_whole() -> None:
+    nearly = rich_report().groups[0].model_copy(update={"stability": 0.9999})
+    text = text_of(rich_report().model_copy(update={"groups": [nearly]}))
+    assert "99.9 %" in text
+    assert "100.0 % of its kept channels" not in text
+
+
+def test_engines_of_one_name_have_anchors_of_their_own() -> None:
+    engine = digits_report().engines[0]
+    other = engine.model_copy(update={"file": "engines/other.engine"})
+    html = page_of(digits_report().model_copy(update={"engines": [engine, other]}))
+    assert re.findall(r'id="engine-(\S+)"', html) == ["ort-cpu-fp32", "ort-cpu-fp32-2"]
+
+
+@pytest.mark.parametrize("write", [text_of, report_page.markdown_page])
+def test_the_report_says_how_to_check_it_and_to_make_it_again(write: Any) -> None:
+    text = write(rich_report()).replace("\\", "")
+    for command in (
+        "chip-deploy prune --model resnet18",
+        "chip-deploy verify BUNDLE",
+        "chip-deploy measure BUNDLE --target ort-cpu",
+        "ef" * 32,
+    ):
+        assert command in text
+    assert "--target trt-rtx" not in text
 
 
 def test_a_report_without_engines_says_that_nothing_was_measured() -> None:
@@ -548,7 +799,10 @@ def test_drawings_have_names_and_tables_have_headers(make: Any, tmp_path: Path) 
 
 def test_hostile_text_is_shown_and_not_obeyed() -> None:
     page = Page(page_of(hostile_report()))
-    assert {tag for tag, _ in page.elements} == {tag for tag, _ in Page(page_of(digits_report())).elements}
+    tags, measured_tags = (
+        {tag for tag, _ in Page(page_of(make())).elements} for make in (hostile_report, hostile_measured_report)
+    )
+    assert tags | measured_tags <= {tag for tag, _ in Page(page_of(rich_report())).elements}
     assert page.text.count("""<script>alert("x")</script> & 'q' | `tick`""") > 12
 
 
@@ -557,6 +811,9 @@ def test_hostile_text_breaks_no_markdown_table() -> None:
     tables = [line for line in lines if line.startswith("|")]
     rows = [len(re.findall(r"(?<!\\)\|", line)) - 1 for line in tables]
     assert set(rows) == {2, 3, 4, 7}
+    measured_lines = report_page.markdown_page(hostile_measured_report()).splitlines()
+    measured_rows = [len(re.findall(r"(?<!\\)\|", line)) - 1 for line in measured_lines if line.startswith("|")]
+    assert set(measured_rows) == {2, 3, 4, 5, 6, 7, 8}
     outside_code = re.sub(r"(?s)^(`{3,})toml.*?^\1$", "", "\n".join(lines), flags=re.M)
     assert not re.search(r"(?<!\\)<", outside_code)
 
@@ -590,7 +847,8 @@ def test_the_distribution_is_drawn_from_the_laps_or_missed_in_words(tmp_path: Pa
     write_report(digits_report(), with_laps(tmp_path))
     drawn = (tmp_path / "report.html").read_text()
     assert drawn.count('class="hist"') == 2
-    assert "700 laps dense, 700 laps pruned" in Page(drawn).text
+    assert drawn.count('class="line dense"') == drawn.count('class="line pruned"') - 3 == 1
+    assert "700 laps dense, 700 laps pruned, 1 image a lap" in Page(drawn).text
     assert 'class="hist"' not in page_of(digits_report())
     assert "The laps of ort-cpu fp32 are not beside this report" in text_of(digits_report())
 
@@ -650,29 +908,140 @@ def test_marks_stand_out_from_the_page(scheme: str) -> None:
 # A real browser, where there is one
 
 
-@pytest.mark.skipif(not shutil.which("chromium"), reason="chromium is not installed; the layout is not checked")
-@pytest.mark.parametrize("make", [digits_report, random_report, hostile_report])
-def test_the_page_does_not_scroll_sideways_on_a_phone(make: Any, tmp_path: Path) -> None:
-    write_report(make(), with_laps(tmp_path))
-    framed = (tmp_path / "report.html").read_text().replace("&", "&amp;").replace('"', "&quot;")
-    framed = framed.replace("default-src 'none'; style-src 'unsafe-inline'; img-src data:", "style-src 'unsafe-inline'")
-    # A window of a browser without a screen is at least 500 px wide; a frame is as narrow as it is told to be.
-    (tmp_path / "frame.html").write_text(
-        f'<!doctype html><iframe srcdoc="{framed}" style="width:360px;height:700px;border:0"></iframe>'
-        "<output></output><script>onload = () => { const page = document.querySelector('iframe').contentDocument;"
-        "document.querySelector('output').textContent = 'wide ' + page.documentElement.scrollWidth"
-        " + ' of ' + page.documentElement.clientWidth; }</script>"
-    )
-    flags = "--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking"
-    flags += " --disable-component-update --disable-sync --hide-scrollbars --dump-dom"
-    command = [
-        "chromium",
-        *flags.split(),
-        f"--user-data-dir={tmp_path / 'profile'}",
-        (tmp_path / "frame.html").as_uri(),
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """A Chromium without a screen, driven through playwright; neither is needed by anything but these tests."""
+    program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if program is None:
+        pytest.skip("chromium is not installed; the page is not looked at")
+    driver = pytest.importorskip("playwright.sync_api", reason="playwright is not installed; no page is looked at")
+    with driver.sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture
+def look(browser: Any, tmp_path: Path) -> Iterator[Any]:
+    """Opens the page of a report; `log` of what it returns holds whatever the browser complained about or asked for."""
+    contexts = []
+
+    def open_page(value: Report, *, width: int = 1280, height: int = 800, at: str = "", **settings: Any) -> Any:
+        write_report(value, tmp_path if (tmp_path / "engines").exists() else with_laps(tmp_path))
+        contexts.append(browser.new_context(viewport={"width": width, "height": height}, **settings))
+        page = contexts[-1].new_page()
+        page.log = []
+        page.on("console", lambda message: page.log.append(message.text))
+        page.on("pageerror", lambda error: page.log.append(str(error)))
+        page.on("request", lambda request: page.log.append(request.url))
+        page.goto((tmp_path / "report.html").as_uri() + at)
+        return page
+
+    yield open_page
+    for context in contexts:
+        context.close()
+
+
+def axe_of(page: Any) -> Any:
+    """What axe-core finds on a page with all its details open: rule -> number of elements, violated and passed."""
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe-core is not installed").Axe()
+    page.evaluate("document.querySelectorAll('details').forEach(one => one.open = true)")
+    found = axe.run(page, options={"resultTypes": ["violations", "passes"]}).response
+    told = [
+        f"{rule['id']}: {node['target']} {node['failureSummary']}"
+        for rule in found["violations"]
+        for node in rule["nodes"]
     ]
-    dom = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
-    assert "<output>wide 360 of 360</output>" in dom
+    return told, {rule["id"]: len(rule["nodes"]) for rule in found["passes"]}
+
+
+SIDEWAYS = "[document.documentElement.scrollWidth, document.documentElement.clientWidth]"
+# A4 less the margins of 14 mm, at 96 dots an inch.
+PAPER = {"width": 688, "height": 1017}
+
+
+@REPORTS
+def test_the_browser_has_nothing_to_complain_about_and_nothing_to_fetch(make: Any, look: Any) -> None:
+    page = look(make())
+    assert page.log == [page.url]
+
+
+@REPORTS
+@pytest.mark.parametrize("width", [360, 1280])
+def test_the_page_does_not_scroll_sideways(make: Any, width: int, look: Any) -> None:
+    page = look(make(), width=width)
+    assert page.evaluate(SIDEWAYS) == [width, width]
+    page.evaluate("document.querySelectorAll('details').forEach(one => one.open = true)")
+    assert page.evaluate(SIDEWAYS) == [width, width]
+
+
+@pytest.mark.parametrize(
+    ("make", "scheme"),
+    [*itertools.product([digits_report, rich_report], ["light", "dark"]), (deep_report, "dark")],
+)
+def test_axe_finds_no_fault(make: Any, scheme: str, look: Any) -> None:
+    faults, passed = axe_of(look(make(), color_scheme=scheme))
+    assert faults == []
+    # The contrast of text was judged, and not passed over because the background could not be told.
+    assert passed["color-contrast"] > 100
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_axe_sees_text_that_is_too_faint(scheme: str, look: Any) -> None:
+    page = look(rich_report(), color_scheme=scheme)
+    page.add_style_tag(content=":root { --soft: #808080 !important; --page: #6a6a6a !important }")
+    faults, _ = axe_of(page)
+    assert any(fault.startswith("color-contrast") for fault in faults)
+
+
+@pytest.mark.parametrize(("width", "height"), [(1280, 800), (360, 780)])
+@pytest.mark.parametrize("make", [rich_report, deep_report])
+def test_the_verdict_is_in_the_first_screen(make: Any, width: int, height: int, look: Any) -> None:
+    page = look(make(), width=width, height=height)
+    seen = page.locator(".card .word").first.bounding_box()
+    assert seen["y"] + seen["height"] < height / 2
+
+
+@pytest.mark.parametrize("make", [rich_report, deep_report, hostile_measured_report])
+def test_on_paper_no_table_is_cut_and_nothing_stays_folded(make: Any, look: Any) -> None:
+    page = look(make(), **PAPER, color_scheme="dark")
+    page.emulate_media(media="print")
+    assert page.evaluate(SIDEWAYS) == [688, 688]
+    cut = "one => one.getBoundingClientRect().right > 689 || one.scrollWidth > one.clientWidth + 1"
+    tables = "[...document.querySelectorAll('.wide, .wide > table, .names, pre')]"
+    assert page.evaluate(f"{tables}.filter({cut}).map(one => one.closest('section').id)") == []
+    folded = (
+        "[...document.querySelectorAll('details > :not(summary)')].filter(one => !one.getBoundingClientRect().height)"
+    )
+    assert page.evaluate(f"{folded}.length") == 0
+    assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+    assert not page.locator("nav").is_visible()
+
+
+def test_paper_gets_a_pdf_of_a_few_pages(look: Any) -> None:
+    pdf = look(rich_report()).pdf(format="A4", prefer_css_page_size=True)
+    assert 4 < len(re.findall(rb"/Type\s*/Page\b", pdf)) < 15
+
+
+def test_everything_works_without_javascript(look: Any) -> None:
+    page = look(deep_report(), java_script_enabled=False)
+    hidden = page.get_by_role("region", name="Widths of every group")
+    assert not hidden.is_visible()
+    page.get_by_text("The 120 groups as a table").click()
+    assert hidden.is_visible()
+
+
+@pytest.mark.parametrize("anchor", ["layers", "latency-ort-cpu-fp32", "digests", "group-3"])
+def test_a_link_leads_to_its_section(anchor: str, look: Any) -> None:
+    page = look(rich_report(), at=f"#{anchor}", reduced_motion="reduce")
+    # A reader lands with the section in sight; the last ones of a page cannot be scrolled to its top.
+    place = page.locator(f"#{anchor}").bounding_box()
+    assert 0 <= place["y"] < 800
+
+
+def test_a_link_into_what_is_folded_opens_it(look: Any) -> None:
+    page = look(deep_report(), at="#group-77", reduced_motion="reduce")
+    assert 0 <= page.locator("#group-77").bounding_box()["y"] < 800
 
 
 # Numbers as people read them
@@ -708,6 +1077,10 @@ def test_the_page_does_not_scroll_sideways_on_a_phone(make: Any, tmp_path: Path)
         (quantities.change(37.2, 18.4), "−50.5 %"),
         (quantities.change(10, 11), "+10.0 %"),
         (quantities.change(0, 0), "none"),
+        (quantities.fine_factor(1.0024), "1.002×"),
+        (quantities.fraction(0.0062), "0.62 %"),
+        (quantities.fraction(0.12), "12 %"),
+        (quantities.fraction(0), "0 %"),
         (quantities.significant(0), "0"),
         (quantities.significant(-0.5), "−0.500"),
     ],
@@ -720,6 +1093,24 @@ def test_numbers_have_sensible_digits_and_their_unit(text: str, expected: str) -
 def test_three_digits_are_never_off_by_more_than_half_of_the_last(value: float) -> None:
     # Rounding to three digits moves a number by at most 5 in the fourth: 0.5 % of 1.00.
     assert float(quantities.significant(value)) == pytest.approx(value, rel=0.005 + 1e-9)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (wording.plural(1, "lap"), "1 lap"),
+        (wording.plural(0, "lap"), "0 laps"),
+        (wording.sentence(" no verdict "), "No verdict."),
+        (wording.sentence(""), ""),
+        (wording.plain({"a": 1.5, "b": {}, "c": [True, None], "d": None}), "a 1.5; c yes, None"),
+        (wording.moment("2026-05-04T09:31:22.5+00:00"), "2026-05-04 09:31 UTC"),
+        (wording.moment("yesterday"), "yesterday"),
+        (wording.slug("trt-rtx:sm86,sm89 fp32"), "trt-rtx-sm86-sm89-fp32"),
+        (wording.slug("§"), ""),
+    ],
+)
+def test_values_become_words(text: str, expected: str) -> None:
+    assert text == expected
 
 
 # The geometry of the charts
@@ -790,8 +1181,34 @@ def test_every_lap_is_drawn_or_counted_as_beyond_the_axis(laps_ms: list[float]) 
 
 
 def test_a_histogram_counts_by_height() -> None:
-    drawn = charts.histogram([0.5, 0.5, 1.5], charts.LatencyAxis(low=0.0, high=float(charts.HISTOGRAM_BINS)))
+    drawn = charts.histogram([0.5, 0.5, 1.5], charts.Axis(low=0.0, high=float(charts.HISTOGRAM_BINS)))
     assert drawn.path == "M0 100V0H13.9V50H27.8V100Z"
+
+
+def test_an_interval_lies_where_its_ends_are() -> None:
+    assert charts.span(1.0, 1.5, 2.0, charts.Axis(0.0, 4.0)) == charts.Span(left=25.0, length=25.0, point=37.5)
+
+
+@given(st.lists(st.tuples(st.floats(0.05, 20), st.floats(0, 5)), max_size=5))
+def test_an_axis_of_factors_shows_one_and_every_interval(pairs: list[tuple[float, float]]) -> None:
+    intervals = [(low, low + width) for low, width in pairs]
+    axis = charts.factor_axis(intervals)
+    for end in (1.0, *itertools.chain(*intervals)):
+        assert 0 <= axis.percent(end) <= 100
+    assert axis.high - axis.low >= 0.1
+
+
+def test_drift_is_what_each_block_is_off_the_median_of_all_laps() -> None:
+    # Medians of blocks 1, 1 and 1.2, of all laps 1: level, then 20 % up; the axis reaches 5 % further than that.
+    drawn = charts.drift([[1.0, 1.0], [1.0, 1.0], [1.2, 1.2]], [[5.0]])
+    assert drawn.dense == "M0 50L500 50L1000 2.4"
+    assert drawn.pruned == "M0 50L1000 50"
+    assert [tick.value for tick in drawn.ticks] == [-20, 0, 20]
+
+
+def test_a_long_run_joins_neighbouring_blocks() -> None:
+    drawn = charts.drift([[1.0]] * 10_000, [[2.0]] * 10_000)
+    assert drawn.dense.count("L") == charts.DRIFT_POINTS - 1
 
 
 def test_a_curve_starts_at_its_first_value_and_ends_at_its_last() -> None:

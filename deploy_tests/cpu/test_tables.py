@@ -7,9 +7,10 @@ from rich.console import Console
 from rich.table import Table
 
 from chip_deploy.export.laps import Quantiles, Speedup
+from chip_deploy.export.measure import BatchRow
 from chip_deploy.pipeline.report import EngineRow
 from chip_deploy.pipeline.stages import CutPreview, CutRow
-from chip_deploy.pipeline.tables import engine_table, preview_table
+from chip_deploy.pipeline.tables import engine_sentences, engine_table, preview_table
 
 
 def shown(table: Table) -> list[list[str]]:
@@ -45,14 +46,27 @@ def test_a_preview_shows_each_group_and_what_remains() -> None:
 
 
 def test_a_measured_engine_is_shown_beside_the_dense_network() -> None:
-    expected = "ort-cpu fp32 2.500 ms 1.250 ms 2.00 (1.90 to 2.10) faster"
+    expected = "ort-cpu fp32 1 2.500 ms 1.250 ms 2.00 (1.90 to 2.10) faster"
     assert expected.split() in shown(engine_table([engine_row("faster", "twice as fast")]))
 
 
 @pytest.mark.parametrize("verdict", ["not measured", "unstable"])
 def test_any_other_verdict_than_faster_says_why(verdict: str) -> None:
-    words = [word for line in shown(engine_table([engine_row(verdict, "because")])) for word in line]
-    assert words[-1] == "because"
+    row = engine_row(verdict, "because")
+    assert any(" ".join(line).endswith(verdict) for line in shown(engine_table([row])))
+    assert engine_sentences([row]) == [f"ort-cpu fp32: {verdict}: because"]
+    assert engine_sentences([engine_row("faster", "twice as fast")]) == []
+
+
+def test_every_batch_has_a_row_of_its_own() -> None:
+    speedup = Speedup(estimate=2.0, low=1.9, high=2.1)
+    batches = [
+        BatchRow(batch=n, dense=QUANTILES, pruned=QUANTILES, speedup=speedup, verdict=verdict, reason="because")
+        for n, verdict in ((1, "faster"), (8, "unstable"))
+    ]
+    row = engine_row("faster", "twice as fast").model_copy(update={"batches": batches})
+    assert [line[2] for line in shown(engine_table([row])) if line[:2] == ["ort-cpu", "fp32"]] == ["1", "8"]
+    assert engine_sentences([row]) == ["ort-cpu fp32, batch 8: unstable: because"]
 
 
 def test_names_are_no_markup() -> None:

@@ -12,9 +12,10 @@ FROZEN = {
     ),
     "score": "RECIPE.toml --model --weights --data --criterion --set --out",
     "build": "*BUNDLE *--target",
-    "measure": "*BUNDLE --target",
+    "measure": "*BUNDLE --target --protocol --batch",
     "verify": "*BUNDLE",
-    "gate": "*BUNDLE *--require --target --json",
+    "gate": "*BUNDLE *--require --target --junit --markdown --json",
+    "compare": "*BUNDLE... --target --out --json",
     "report": "*BUNDLE",
     "doctor": "",
 }

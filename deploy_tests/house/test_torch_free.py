@@ -31,6 +31,8 @@ DEVICE_SIDE = [
     *(f"export.{path.stem}" for path in sorted((ROOT / "export").glob("[a-z]*.py")) if path.stem != "onnx_export"),
     *(
         "pipeline.cli",
+        "pipeline.compare",
+        "pipeline.compare_page",
         "pipeline.device",
         "pipeline.display",
         "pipeline.doctor",

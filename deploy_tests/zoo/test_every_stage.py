@@ -23,7 +23,7 @@ def test_every_stage_passes_on(name, tmp_path):
     targets = ["--target", "ort-cpu", *(["--target", "trt-rtx:sm86,sm89"] if RTX else [])]
     settings = {
         "tune.epochs": 0, "data.size": SIZE, "score.images": 4, "tune.recalibrate_images": 8, "data.eval_images": 8,
-        "measure.seconds": 0.05, "measure.laps": 20, "measure.warmup_ms": 1,
+        "measure.seconds": 0.05, "measure.laps": 20, "measure.openings": 1, "measure.warmup_ms": 1,
     }  # fmt: skip
     arguments = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
     assert (
