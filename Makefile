@@ -6,6 +6,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.setup-done
+JOBS ?= 2
 EXTRAS := prune,fast,ort,trt-rtx,report,dev
 
 DEMO := prune --model resnet18 --data digits --criterion chip --macs 0.5 --target ort-cpu
@@ -43,8 +44,8 @@ format: setup  ## put the code in shape
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-pytest: setup  ## the tests alone
-	$(BIN)/pytest
+pytest: setup  ## the tests alone, in JOBS processes of one thread each
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist loadfile
 
 wheel: setup  ## dist/*.whl
 	$(BIN)/python -m build --wheel
