@@ -171,13 +171,12 @@ class _Record:
             self._next_look = min(
                 self.images + max(self.stopping.least, self.images // 2), max(self.stopping.most, self.images + 1)
             )
-            self._look(self.stopping)
+            self._look(self.stopping, last=self.images >= self.stopping.most)
 
     def result(self, seconds: Mapping[str, float]) -> Scored:
-        """The scores, and what they rest on; groups that were still open are looked at a last time."""
+        """The scores, and what they rest on; groups that were still open when images ran out get a last look."""
         if self.stopping:
-            left = [layer for layer in self.groups if layer not in self.settled]
-            self.settled |= {layer for layer in left if self._is_stable(layer, self.stopping)}
+            self._look(self.stopping, last=True)
         scores = {
             layer: group_scores(group, list(self.readers[layer].values())) for layer, group in self.groups.items()
         }
@@ -187,14 +186,12 @@ class _Record:
         }
         return Scored(scores, layers)
 
-    def _look(self, rule: StoppingRule) -> None:
-        for layer in list(self.open):
-            stable = self._is_stable(layer, rule)
-            if stable and layer in self._once:
-                self.settled.add(layer)
-            if layer in self.settled or self.images >= rule.most:
-                del self.open[layer]
-            self._once = self._once | {layer} if stable else self._once - {layer}
+    def _look(self, rule: StoppingRule, *, last: bool) -> None:
+        """Close the groups found stable twice in a row; at the last look once is enough, and all are closed."""
+        stable = {layer for layer in self.open if self._is_stable(layer, rule)}
+        self.settled |= stable if last else stable & self._once
+        self.open = {layer: group for layer, group in self.open.items() if not last and layer not in self.settled}
+        self._once = stable
 
     def _is_stable(self, layer: str, rule: StoppingRule) -> bool:
         group = self.groups[layer]
@@ -211,7 +208,7 @@ class _Sink:
         groups: Mapping[str, ChannelGroup],
         score: Callable[[Tensor], Tensor],
         *,
-        join: "Callable[[Sequence[Tensor], int], Tensor] | None" = None,
+        join: Callable[[Sequence[Tensor], int], Tensor] | None = None,
     ) -> None:
         self.groups = groups
         self.score = score
@@ -230,11 +227,11 @@ class _Sink:
         self._pass(model, batch)
         found = {key: self.join(values, len(batch)) for key, values in self._found.items()}
         self._found = {}
-        flags = [values.isnan().any() for values in found.values()]
-        if flags and bool(torch.stack(flags).any()):
+        flags = [values.isfinite().all() for values in found.values()]
+        if flags and not bool(torch.stack(flags).all()):
             self._only_look = True
             self._pass(model, batch)
-            raise AssertionError("a criterion gave NaN for finite maps")
+            raise AssertionError("a criterion gave no number for finite maps")
         return found
 
     def hold(self, model: nn.Module, batches: Sequence[Tensor]) -> dict[Key, Tensor]:
@@ -305,7 +302,7 @@ class _Seen:
     version: int
 
 
-def _found(sink: "_Sink", model: nn.Module, batch: Tensor, shards: Shards) -> dict[Key, Tensor] | str:
+def _found(sink: _Sink, model: nn.Module, batch: Tensor, shards: Shards) -> dict[Key, Tensor] | str:
     """The scores of one batch; for other processes, which must hear of it, what is wrong with its maps."""
     try:
         return _on_cpu(sink.run(model, batch))

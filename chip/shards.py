@@ -31,6 +31,11 @@ class Shards(NamedTuple):
         return everything
 
 
+def processes() -> int:
+    """How many processes torchrun started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
+
+
 @contextmanager
 def joined() -> Iterator[Shards]:
     """The processes of this run, connected by gloo for the time of the block: scores are gathered on the CPU.
@@ -38,7 +43,7 @@ def joined() -> Iterator[Shards]:
     Each process that has a GPU of its own works on that. Without torchrun's environment variables this is one process,
     and nothing is connected.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or "RANK" not in os.environ:
+    if processes() == 1:
         yield Shards()
         return
     if torch.cuda.is_available():

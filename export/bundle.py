@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
@@ -55,6 +55,25 @@ def writing_atomically(path: Path) -> Iterator[Path]:
         unfinished.replace(path)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def require_place(path: Path, bundles: Sequence[Path]) -> Path:
+    """`path`, where a file about `bundles` may be written.
+
+    Raises: ValueError for a place inside one of them, whose manifest would then not hold, or for what is no file;
+    FileNotFoundError when there is no such folder.
+    """
+    place = path.resolve()
+    inside = next((bundle for bundle in bundles if place.is_relative_to(bundle.resolve())), None)
+    if inside is not None:
+        raise ValueError(
+            f"{path}: inside the bundle {inside}, which holds what its manifest names. Write it elsewhere."
+        )
+    if place.exists() and not place.is_file():
+        raise ValueError(f"{path}: no regular file. Give the name of a file to write.")
+    if not place.parent.is_dir():
+        raise FileNotFoundError(f"{path}: there is no folder {path.parent}. Make it first.")
+    return place
 
 
 def write_atomic(path: Path, data: bytes) -> None:

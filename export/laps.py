@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from functools import cache
 from statistics import NormalDist
-from typing import Annotated
+from typing import Annotated, Final
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 # Shape letters: L laps of one side, P pairs of blocks, K openings with at most N pairs each, R resamples, S stretches
 # of W laps.
 
-PROTOCOL_ID = "chip-deploy.latency/1"
+PROTOCOL_ID: Final = "chip-deploy.latency/1"
 # A percentile is given only with so many laps above it: with fewer it is the slowest lap, whatever that was.
 TAIL_LAPS = 2
 # Two sessions on one file differ because of where their memory came to lie, however long both are measured: half the

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, model_validator
 
-from .laps import Quantiles, early_stopping_quantile, ranked_quantile, summarise
+from .laps import PROTOCOL_ID, Quantiles, early_stopping_quantile, ranked_quantile, summarise
 
 Kind = Literal["chip-deploy", "mlperf-like", "trtexec"]
 ProtocolId = Literal["chip-deploy.latency/1", "mlperf-like/1", "trtexec-10/1"]
@@ -14,7 +14,7 @@ ProtocolId = Literal["chip-deploy.latency/1", "mlperf-like/1", "trtexec-10/1"]
 # Fewest pairs of blocks, however fast the network: a percentile bootstrap over fewer is too narrow.
 PAIRS = 20
 IDS: dict[str, ProtocolId] = {
-    "chip-deploy": "chip-deploy.latency/1",
+    "chip-deploy": PROTOCOL_ID,
     "mlperf-like": "mlperf-like/1",
     "trtexec": "trtexec-10/1",
 }
@@ -28,7 +28,7 @@ class LatencyProtocol(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     kind: Kind = "chip-deploy"
-    id: ProtocolId = "chip-deploy.latency/1"
+    id: ProtocolId = PROTOCOL_ID
     """The kind with the version of its definition; set from the kind."""
     warmup_ms: float = Field(default=200.0, ge=0)
     """Each side runs at least so long before anything counts, and until two windows agree."""

@@ -7,7 +7,7 @@ import xml.etree.ElementTree as ET
 from collections.abc import Sequence
 from pathlib import Path
 
-from .bundle import write_atomic
+from .bundle import require_place, write_atomic
 from .gate import GateResult, GateRow, JudgedEngine
 
 # What XML 1.0 can hold; a name from a file system, or a runtime's message, may hold more.
@@ -60,25 +60,6 @@ def markdown_text(text: str) -> str:
     """`text` on one line, so that Markdown shows it as it is."""
     line = " ".join("".join(char if char.isprintable() else " " for char in text).split())
     return MARKUP.sub(lambda found: f"\\{found[0]}", line)
-
-
-def require_place(path: Path, bundles: Sequence[Path]) -> Path:
-    """`path`, where a file about `bundles` may be written.
-
-    Raises: ValueError for a place inside one of them, whose manifest would then not hold, or for what is no file;
-    FileNotFoundError when there is no such folder.
-    """
-    place = path.resolve()
-    inside = next((bundle for bundle in bundles if place.is_relative_to(bundle.resolve())), None)
-    if inside is not None:
-        raise ValueError(
-            f"{path}: inside the bundle {inside}, which holds what its manifest names. Write it elsewhere."
-        )
-    if place.exists() and not place.is_file():
-        raise ValueError(f"{path}: no regular file. Give the name of a file to write.")
-    if not place.parent.is_dir():
-        raise FileNotFoundError(f"{path}: there is no folder {path.parent}. Make it first.")
-    return place
 
 
 def clear_verdicts(paths: Sequence[Path], bundle: Path) -> None:

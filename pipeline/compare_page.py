@@ -12,8 +12,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from ..export.bundle import write_atomic
-from ..export.verdict_files import markdown_text, require_place
+from ..export.bundle import require_place, write_atomic
+from ..export.verdict_files import markdown_text
 from . import quantities
 from .charts import axis_ticks
 from .compare import BundleComparison, Candidate, TargetComparison

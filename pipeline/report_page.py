@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..export.laps_file import RecordedLaps
+from ..export.verdict_files import markdown_text
 from . import charts, quantities, report_groups, wording
 from .report_latency import (
     PERCENTILES,
@@ -167,7 +168,7 @@ def _environment(*, escape_html: bool) -> Any:
     environment.filters |= {
         "filesize": quantities.size,
         "metric": quantities.count,
-        "md": wording.markdown,
+        "md": lambda value: markdown_text(str(value)),
         "moment": wording.moment,
         "seconds": quantities.seconds,
         "sentence": wording.sentence,

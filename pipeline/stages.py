@@ -28,11 +28,19 @@ from ..chip.evidence import Scored, joint_groups, score_groups
 from ..chip.groups import CannotCut, ChannelGraph
 from ..chip.plan import PrunePlan, make_plan, weights_digest
 from ..chip.scores import ChannelScores
-from ..chip.shards import Shards, joined
+from ..chip.shards import Shards, joined, processes
 from ..chip.stability import StoppingRule
 from ..chip.surgery import SurgeryRefused, apply_plan, prove
 from ..export.agree import Agreement, compare_outputs, require_agreement
-from ..export.bundle import WORK, sha256_file, verify_bundle, write_atomic, write_manifest, writing_atomically
+from ..export.bundle import (
+    WORK,
+    require_place,
+    sha256_file,
+    verify_bundle,
+    write_atomic,
+    write_manifest,
+    writing_atomically,
+)
 from ..export.errors import IntegrityError, TargetUnavailable
 from ..export.golden import read_golden, run_in_batches
 from ..export.machine import fingerprint, read_machine
@@ -134,7 +142,7 @@ def prune(recipe: Recipe, out: Path, *, resume: bool, display: Display, command:
     Raises: ValueError and FileNotFoundError for what the user can put right (nothing is left behind then);
     TargetUnavailable; CannotCut and SurgeryRefused when the network cannot be cut rightly; other ExportErrors.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if processes() > 1:
         raise ValueError(
             "torchrun shares out scoring alone. Run `chip-deploy score` under it, and then `chip-deploy prune --scores "
             "FILE` without it."
@@ -217,11 +225,7 @@ def score(recipe: Recipe, out_file: Path, *, display: Display) -> ChannelScores:
 
 def _score_place(out_file: Path) -> Path:
     """Where the scores are written, links followed. Raises: FileNotFoundError, PermissionError, ValueError."""
-    place = out_file.resolve()
-    if not place.parent.is_dir():
-        raise FileNotFoundError(f"{out_file.parent}: no such folder for the score file. Create it first.")
-    if place.exists() and not place.is_file():
-        raise ValueError(f"{out_file} is no file; --out needs one. Give a name such as scores.safetensors.")
+    place = require_place(out_file, [])
     try:
         with tempfile.TemporaryFile(dir=place.parent):
             return place
@@ -778,18 +782,19 @@ def _measure_stage(ready: Prepared, journal: Journal, onnx: StageResult, built: 
             if reason:
                 rows.append(unmeasured_row(engine, f"built, not measured on this machine: {reason}"))
                 continue
-            rows.append(
-                measured_row(
-                    target,
-                    path,
-                    onnx.file("dense.onnx"),
-                    golden,
-                    LatencyProtocol.model_validate(asked),
-                    journal.display.progress,
-                    laps_file=folder / laps_path(path).name,
-                    judge=lambda session: _top1(_outputs(session, ready.test, journal.display.progress), ready),
-                )
+            row = measured_row(
+                target,
+                path,
+                onnx.file("dense.onnx"),
+                golden,
+                LatencyProtocol.model_validate(asked),
+                journal.display.progress,
+                laps_file=folder / laps_path(path).name,
+                judge=lambda session: _top1(_outputs(session, ready.test, journal.display.progress), ready),
             )
+            rows.append(row)
+            for advice in row.watch.advice if row.watch else []:
+                journal.display.note(advice)
         return {"engines": [row.model_dump(mode="json") for row in rows]}
 
     inputs = {

@@ -1,4 +1,4 @@
-"""Values and phrases as a report writes them: sentences, plurals, lists, moments; Markdown that shows text as it is."""
+"""Values and phrases as a report writes them: sentences, plurals, lists, moments."""
 
 from __future__ import annotations
 
@@ -40,12 +40,6 @@ def moment(created: str) -> str:
     """An ISO 8601 time without its seconds: `2026-05-04 09:31 UTC`; other text as it is."""
     found = re.fullmatch(r"(\d{4}-\d\d-\d\d)T(\d\d:\d\d)(:[\d.]+)?(Z|\+00:00)", created)
     return f"{found[1]} {found[2]} UTC" if found else created
-
-
-def markdown(text: object) -> str:
-    """`text` so that Markdown shows it as it is, in a table cell too."""
-    one_line = " ".join(str(text).split())
-    return re.sub(r"([\\`*_{}\[\]<>#|~&])", r"\\\1", one_line)
 
 
 def ascii_minus(text: str) -> str:

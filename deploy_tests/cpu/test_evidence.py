@@ -317,3 +317,16 @@ def test_joint_mode_takes_a_consumer_that_is_called_at_two_sizes():
     assert torch.allclose(found, joint_scores([Reader(together, range(4))], width=4), rtol=1e-9)
     with pytest.raises(ValueError, match="at least one batch"):
         joint_groups(net, [], [])
+
+
+@pytest.mark.parametrize(
+    "scored", [lambda *given: score_groups(*given[:2], ChannelIndependence(), given[2]), joint_groups]
+)
+@pytest.mark.parametrize("bad", [math.inf, math.nan])
+def test_maps_that_are_not_finite_are_named_by_their_layer_in_both_modes(scored, bad):
+    net, images = _with_twins(), _images(4)
+    groups = ChannelGraph(net, images[:1]).groups
+    with torch.no_grad():
+        net[0].bias[3] = bad
+    with pytest.raises(ValueError, match=r"the maps that '2' reads: image 0, channel 3 is not finite"):
+        scored(net, groups, images.split(2))

@@ -201,10 +201,10 @@ def test_scores_go_through_a_link_and_never_over_what_is_no_file(tmp_path, capsy
     capsys.readouterr()
     for place in (tmp_path / "pipe", tmp_path):
         assert main(["score", *NET, "--out", str(place)]) == 2
-        assert "is no file" in _error(capsys)
+        assert "no regular file" in _error(capsys)
     assert (tmp_path / "pipe").is_fifo()
     assert main(["score", *NET, "--out", str(tmp_path / "nowhere" / "s.safetensors")]) == 2
-    assert "no such folder" in _error(capsys)
+    assert "there is no folder" in _error(capsys)
 
 
 def test_score_takes_no_scores(scores, tmp_path, capsys):

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
+from chip_deploy.export.bundle import require_place
 from chip_deploy.export.gate import GateResult, GateRow, JudgedEngine
 from chip_deploy.export.laps import Speedup
 from chip_deploy.export.verdict_files import (
@@ -17,7 +18,6 @@ from chip_deploy.export.verdict_files import (
     junit_xml,
     markdown_summary,
     markdown_text,
-    require_place,
     result_json,
     write_verdicts,
 )
