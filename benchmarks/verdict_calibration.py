@@ -33,8 +33,9 @@ from chip_deploy.export.watch import Watch
 
 KINDS = ("equal", "planted")
 SLOWDOWN = 0.05
-# From so many laps the size of the planted work is taken, and taken again, whenever a session is opened.
-SIZING_LAPS, SIZINGS = 100, 3
+# The size of the planted work is found whenever a session is opened: from so many laps with it and as many without, in
+# blocks as the protocol has them, so many times.
+SIZING_LAPS, SIZING_BLOCKS, SIZINGS = 10, 10, 2
 FIRST_PRODUCTS = 10
 MOST_FALSE, LEAST_FOUND = 0.05, 0.90
 
@@ -52,13 +53,17 @@ class SlowedSession:
         self._products = 0
 
     def bind(self, feeds: Mapping[str, Any]) -> None:
-        """Binds, and finds out how many products the slow-down takes: timed where they run, right after executions."""
+        """Binds, and finds out how many products the slow-down takes, from laps with them and without."""
         self._session.bind(feeds)
         self._products = FIRST_PRODUCTS
-        for _ in range(SIZINGS):
-            times = [(_seconds(self._session.lap), _seconds(self._multiply)) for _ in range(SIZING_LAPS)]
-            lap_s, products_s = np.median(times, axis=0)
-            self._products = max(1, round(self._products * self._slowdown * lap_s / products_s))
+        for _ in range(1 + SIZINGS):
+            plain_s, slowed_s = [], []
+            for _ in range(SIZING_BLOCKS):
+                plain_s += [_seconds(self._session.lap) for _ in range(SIZING_LAPS)]
+                slowed_s += [_seconds(self.lap) for _ in range(SIZING_LAPS)]
+            found = float(np.median(slowed_s) / np.median(plain_s)) - 1
+            change = min(max(self._slowdown / max(found, 1e-3), 0.5), 2.0)
+            self._products = max(1, round(self._products * change))
 
     def lap(self) -> None:
         """One execution, then the products."""

@@ -159,7 +159,7 @@ def compare_latency(
     turns = _Turns(dense, pruned, protocol, clock)
     try:
         with _no_garbage_collection():
-            turns.take_all(progress)
+            turns.take_all(progress, look=watch.look if watch else None)
             seen = watch.stop(threads=protocol.threads) if watch else None
     except BaseException:
         if keep is not None and turns.dense.laps_ns and turns.pruned.laps_ns:
@@ -304,8 +304,8 @@ class _Turns:
     def warmed(self) -> bool:
         return not any(side.unsettled for side in self.sides)
 
-    def take_all(self, progress: Progress | None) -> None:
-        """All turns of all openings; which session is opened first changes, because it matters."""
+    def take_all(self, progress: Progress | None, *, look: Callable[[], None] | None = None) -> None:
+        """All turns of all openings, with a look after each; which session is opened first changes: it matters."""
         orders = itertools.cycle(itertools.permutations(self.sides))
         for opening, order in zip(range(self.openings), orders, strict=False):
             with contextlib.ExitStack() as open_sessions:
@@ -314,6 +314,8 @@ class _Turns:
                 self.opened.append(self.pairs)
                 self._take_turns((opening + 1) / self.openings, progress)
                 self._go_round()
+                if look is not None:
+                    look()
 
     def laps(self) -> Laps:
         """Every lap so far."""

@@ -18,6 +18,8 @@ from .node_times import Profile, ProfiledNode
 RESOLUTION_MS = 0.001
 # A layer kept up with its MACs when it saved this part of what they promised.
 KEPT_UP = 0.5
+# A layer that takes longer than its MACs promised by more than this part of it fell behind them.
+BEHIND = 0.25
 # A promise below this part of a layer's time is none.
 SMALL_PROMISE = 0.05
 # A layer within so many times of the cheapest node is paid for by being started, not by its work.
@@ -30,7 +32,7 @@ NEAR_BANDWIDTH = 1 / 3
 WORTH_TELLING = 0.05
 RUNTIME = "runtime: "
 
-Why = Literal["", "launch-bound", "memory-bound", "not faster", "overhead"]
+Why = Literal["", "launch-bound", "memory-bound", "not faster", "fell behind", "overhead"]
 
 
 class LayerTime(BaseModel):
@@ -156,13 +158,15 @@ class _Judge:
         grew = row.pruned_ms > (1 + SMALL_PROMISE) * row.dense_ms + 2 * RESOLUTION_MS
         if not row.layers or (grew and not row.pruned_macs):
             return "overhead"
-        if not grew and self._kept_up(row):
+        kept_up = not grew and self._kept_up(row)
+        if kept_up and not _fell_behind(row):
             return ""
         if row.pruned_ms <= self._launch_ms * len(row.pruned):
             return "launch-bound"
+        slower: Why = "fell behind" if kept_up else "not faster"
         if row.pruned_macs and (row.left_blocks or row.same_blocks(self._step)):
-            return "not faster"
-        return "memory-bound" if self._held_up_by_memory(row) else "not faster"
+            return slower
+        return "memory-bound" if self._held_up_by_memory(row) else slower
 
     def _kept_up(self, row: _Row) -> bool:
         left = row.pruned_macs / row.dense_macs if row.dense_macs else self._left
@@ -182,6 +186,14 @@ class _Judge:
 
     def _moved(self, works: Iterable[LayerWork]) -> int:
         return sum(work.moved(self._batch) for work in works)
+
+
+def _fell_behind(row: _Row) -> bool:
+    """Whether the time is clearly above what the MACs promised, be it lower than before."""
+    if not row.dense_macs:
+        return False
+    promised_ms = row.dense_ms * row.pruned_macs / row.dense_macs
+    return row.pruned_ms > (1 + BEHIND) * promised_ms + 2 * RESOLUTION_MS
 
 
 def _rows(dense: Profile, pruned: Profile) -> list[_Row]:
@@ -242,7 +254,7 @@ def _layer_time(row: _Row, why: Why, step: int) -> LayerTime:
         pruned_ms=row.pruned_ms if row.pruned else None,
         dense_macs=row.dense_macs,
         pruned_macs=row.pruned_macs,
-        widths=_widths(row, step, with_cause=why == "not faster"),
+        widths=_widths(row, step, with_cause=why in ("not faster", "fell behind")),
         predicted_ms=predicted,
         why=why,
     )

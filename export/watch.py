@@ -60,7 +60,8 @@ class GpuState(BaseModel):
     power_w: float | None = None
     temperature_c: float | None = None
     reasons: list[str] = []
-    """Why the clocks are not higher: `idle`, `power cap`, `thermal slowdown (hardware)`, ..."""
+    """Why the clocks are not higher: `idle`, `power cap`, `thermal slowdown (hardware)`, ...; after a measurement also
+    what held them down in its midst."""
 
 
 class MachineState(BaseModel):
@@ -110,11 +111,20 @@ class Watch:
         looked = _Counters(proc)
         time.sleep(LOOK_SECONDS)
         self.before = read_state(looked, gpu=gpu, proc=proc, sysfs=sysfs)
+        self._slowed: set[str] = set()
         self._begun = _Counters(proc)
+
+    def look(self) -> None:
+        """Remember what holds the GPU's clocks down at this moment, in the midst of the laps."""
+        gpu = read_gpu_state() if self._gpu else None
+        self._slowed |= {reason for reason in (gpu.reasons if gpu else []) if reason in SLOWDOWNS.values()}
 
     def stop(self, *, threads: int = 1) -> MachineWatch:
         """The machine now, beside what it was; `threads` is how many the measurement itself kept busy."""
         after = read_state(self._begun, gpu=self._gpu, proc=self._proc, sysfs=self._sysfs)
+        if after.gpu is not None:
+            reasons = sorted({*after.gpu.reasons, *self._slowed})
+            after = after.model_copy(update={"gpu": after.gpu.model_copy(update={"reasons": reasons})})
         now = _Counters(self._proc)
         return judge(
             self.before,

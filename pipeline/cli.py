@@ -63,7 +63,6 @@ REFUSALS = (
 
 app = typer.Typer(
     name="chip-deploy",
-    help="Prune a trained CNN, export it, build engines and measure whether it really became faster.",
     epilog=EXIT_CODES,
     add_completion=False,
 )
@@ -90,6 +89,24 @@ class Stopped(BaseException):
     def __init__(self, number: int) -> None:
         super().__init__(number)
         self.exit_code = 128 + number
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        from .. import __version__
+
+        _console().print(f"chip-deploy {__version__}", highlight=False)
+        raise typer.Exit
+
+
+@app.callback()
+def program(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version, and no more.")
+    ] = False,
+) -> None:
+    """Prune a trained CNN, export it, build engines and measure whether it really became faster."""
+    del version  # dealt with before any command
 
 
 @app.command()

@@ -52,6 +52,8 @@ class Candidate(_Part):
     """How many the accuracy was taken on."""
     p50_ms: float | None
     """Of a dense network, the median over the bundles that share it."""
+    sessions: int = 1
+    """Of how many measurements `p50_ms` is the median."""
     speedup: Speedup | None = None
     efficiency: float | None = None
     """The speed-up over the MACs reduction; 1 is what the MACs promise."""
@@ -234,7 +236,10 @@ def _compare_on(key: tuple[str, str], bundles: Sequence[_Bundle]) -> TargetCompa
         _require_alike(one, other, where=" ".join(key))
     dense = list(_dense_candidates(key, bundles))
     candidates = [*dense, *(_candidate(bundle, bundle.row(key)) for bundle in bundles)]
-    notes = [*_not_placed(candidates), *_sessions_apart(key, bundles)]
+    shared = [
+        f"{each.label}: its p50 is the median of {each.sessions} measurements." for each in dense if each.sessions > 1
+    ]
+    notes = [*shared, *_not_placed(candidates), *_sessions_apart(key, bundles)]
     unlike = _unlike_accuracies(bundles)
     if unlike:
         notes.append(unlike)
@@ -299,6 +304,7 @@ def _dense_candidates(key: tuple[str, str], bundles: Sequence[_Bundle]) -> Itera
             images=accuracy.n,
             p50_ms=statistics.median(p50s_ms) if p50s_ms else None,
             verdict="dense",
+            sessions=len(p50s_ms),
             reason="the network before the cut",
         )
 

@@ -320,8 +320,15 @@ def _layers(
 
 
 def _images(golden: Golden, batch: int) -> np.ndarray:
-    """The golden images, again and again, as many as a batch holds."""
-    return np.resize(golden.images, (batch, *golden.images.shape[1:]))
+    """The golden images, again and again, as many as a batch holds. Raises: ValueError when memory cannot hold them."""
+    try:
+        return np.resize(golden.images, (batch, *golden.images.shape[1:]))
+    except MemoryError as err:
+        gigabytes = batch * golden.images[0].nbytes / 1e9
+        raise ValueError(
+            f"a batch of {batch} needs {gigabytes:.3g} GB for its images alone, more than there is. Measure a smaller "
+            "one."
+        ) from err
 
 
 def _bound(opener: Opener, feeds: np.ndarray) -> Opener:

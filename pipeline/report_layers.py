@@ -20,6 +20,7 @@ REASONS = {
     "launch-bound": "its time is little more than the cost of starting it",
     "memory-bound": "it waits for memory, not for arithmetic",
     "not faster": "its time did not fall with its MACs",
+    "fell behind": "its time fell, but less than its MACs: narrower layers run fewer MACs a second",
     "overhead": "work without MACs that the runtime added, or no longer fuses",
 }
 

@@ -292,7 +292,10 @@ def test_accuracies_of_unlike_images_make_no_front(three: list[Path], tmp_path: 
 
 def test_without_accuracy_there_is_a_table_and_no_drawing(tmp_path: Path) -> None:
     comparison = compare_bundles([make_bundle(tmp_path / name, accuracy=None) for name in ("a", "b")])
-    assert comparison.targets[0].notes == ["no accuracy was recorded, so there is no Pareto front."]
+    assert comparison.targets[0].notes == [
+        "dense: its p50 is the median of 2 measurements.",
+        "no accuracy was recorded, so there is no Pareto front.",
+    ]
     assert "2.00 ms" in comparison_markdown(comparison)
     with pytest.raises(ValueError, match="no accuracy was recorded"):
         comparison_svg(comparison)

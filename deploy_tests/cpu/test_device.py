@@ -11,9 +11,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from chip_deploy.export.bundle import verify_bundle, write_manifest
+from chip_deploy.export.golden import Golden
 from chip_deploy.export.laps_file import laps_path, read_laps
 from chip_deploy.export.target_ort import OrtSession
 from chip_deploy.pipeline import device
@@ -248,3 +250,9 @@ def test_laps_stay_where_the_layers_cannot_be_timed(
 
 def _interrupted(*_args: object, **_options: object) -> None:
     raise KeyboardInterrupt
+
+
+def test_a_batch_that_no_memory_holds_is_refused_with_its_size() -> None:
+    golden = Golden(images=np.zeros((2, 3, 32, 32), np.float32), outputs=np.zeros((2, 10), np.float32))
+    with pytest.raises(ValueError, match=r"a batch of 1000000000000 needs 1\.23e\+07 GB for its images alone"):
+        device._images(golden, 10**12)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from chip_deploy.export import watch
 from chip_deploy.export.watch import (
     SMI_FIELDS,
     GpuState,
@@ -94,6 +95,17 @@ def test_doubts_add_up_to_one_phrase_and_tell_what_to_do() -> None:
 
 def test_a_machine_that_slept_meanwhile_is_a_doubt() -> None:
     assert judge(STEADY, STEADY, seconds=5, slept_s=3.0).doubt == "the machine was asleep for 3.0 s"
+
+
+def test_a_gpu_that_is_slowed_down_only_in_the_midst_of_the_laps_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    states = iter([["idle"], ["power cap", "idle"], ["idle"], ["idle"]])
+    monkeypatch.setattr(watch, "read_gpu_state", lambda: H200.model_copy(update={"reasons": next(states)}))
+    begun = Watch(gpu=True)
+    begun.look()
+    begun.look()
+    found = begun.stop()
+    assert "the GPU's clocks were held down (power cap)" in found.doubt
+    assert (found.before.gpu, found.after.gpu.reasons) == (H200, ["idle", "power cap"])
 
 
 def test_advice_for_a_gpu_names_its_clock_and_for_a_jetson_its_own_tool() -> None:
