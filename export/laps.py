@@ -11,8 +11,8 @@ from typing import Annotated, Final
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-# Shape letters: L laps of one side, P pairs of blocks, K openings with at most N pairs each, R resamples, S stretches
-# of W laps.
+# Shape letters: L laps of one side, P pairs of blocks, K openings, U either of them, R resamples, S stretches of W
+# laps.
 
 PROTOCOL_ID: Final = "chip-deploy.latency/1"
 # A percentile is given only with so many laps above it: with fewer it is the slowest lap, whatever that was.
@@ -21,6 +21,8 @@ TAIL_LAPS = 2
 # width of a 95 % interval for the ratio of two of them, relative. Seen on onnxruntime's CPU provider with a ResNet-18
 # of 1 ms and its pruned half: the ratios of 48 pairs of sessions were 1.0 % off in the mean square, 2.4 % at most.
 SESSION_SPREAD = 0.02
+# Of the pairs of blocks in one opening this part at either end does not count: something came between their laps.
+TRIMMED = 0.2
 # Confidence of MLPerf's early stopping.
 EARLY_STOPPING = 0.99
 
@@ -70,7 +72,7 @@ class Quantiles(BaseModel):
 
 
 class Speedup(BaseModel):
-    """Median latency of the dense network over that of the pruned one, with an interval at `level`."""
+    """Median latency of the dense network over that of the pruned one, block beside block; an interval at `level`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -160,28 +162,56 @@ def bootstrap_speedup(
     level: float = 0.95,
     unseen: float | None = None,
 ) -> Speedup:
-    """Ratio of the medians of all laps, dense over pruned, with a bootstrap interval over openings and pairs of blocks.
+    """How many times as long the dense network takes, from blocks that ran side by side, with a bootstrap interval.
 
-    A resample draws as many openings as there are, and from each as many pairs as it has, both with replacement, and
-    takes the medians of all laps in them: laps of one block are too alike to count one by one, neighbours share what
-    the machine did meanwhile, and the laps of one opening share where its memory came to lie. So few openings would
-    make the interval too narrow; it is stretched by Student's factor for their number. An error is added (root of
-    the sum of squares, of the logarithms) that no resampling sees: `unseen`, or by default `session_spread`.
+    Each pair of blocks gives the ratio of its medians: what the machine did meanwhile is in both, so that a machine
+    which changes its speed does not change the ratio. Of an opening's pairs the trimmed mean counts (of logarithms,
+    the outer fifth at either end left out), and the estimate is the mean over openings, which also share where their
+    memory came to lie. A resample draws openings, or pairs where there is one opening only, with replacement. So few
+    openings would make the interval too narrow; it is stretched by Student's factor for their number. An error is
+    added (root of the sum of squares, of the logarithms) that no resampling sees: `unseen`, or by default
+    `session_spread`.
     Raises: ValueError for sides whose blocks are not paired.
     """
     if set(dense.blocks) != set(pruned.blocks):
         raise ValueError("dense and pruned laps are not from the same blocks. Measure them in one session.")
     openings_P = dense.openings_P
     openings = int(openings_P.max()) + 1
-    draws = _draws(openings_P, resamples=resamples, seed=seed)
-    ratios_R = resampled_quantile(dense, draws, 0.5) / resampled_quantile(pruned, draws, 0.5)
-    estimate = float(np.median(dense.laps_ms) / np.median(pruned.laps_ms))
+    ratios_P = np.log(block_medians(dense)) - np.log(block_medians(pruned))
+    if openings > 1:
+        ratios_K = np.array([_trimmed_mean(ratios_P[openings_P == opening]) for opening in range(openings)])
+        logs_R = ratios_K[_draws(openings, resamples=resamples, seed=seed)].mean(axis=1)
+        estimate = math.exp(float(ratios_K.mean()))
+    else:
+        logs_R = _trimmed_mean(ratios_P[_draws(len(ratios_P), resamples=resamples, seed=seed)])
+        estimate = math.exp(float(_trimmed_mean(ratios_P)))
     further = session_spread(dense) if unseen is None else unseen
     low, high = (
         math.hypot(math.log(end / estimate), further)
-        for end in _interval(ratios_R, level, around=estimate, openings=openings)
+        for end in _interval(np.exp(logs_R), level, around=estimate, openings=openings)
     )
     return Speedup(estimate=estimate, low=estimate * math.exp(-low), high=estimate * math.exp(high), level=level)
+
+
+def block_medians(measured: Measurement) -> np.ndarray:
+    """The median of each block's laps in ms, in the order of the block numbers. Shapes: (P,)."""
+    order_L = np.argsort(measured.blocks, kind="stable")
+    first_P = np.unique(np.asarray(measured.blocks)[order_L], return_index=True)[1]
+    return np.array([np.median(laps) for laps in np.split(np.asarray(measured.laps_ms)[order_L], first_P[1:])])
+
+
+def level_laps(dense: Measurement, pruned: Measurement) -> tuple[np.ndarray, np.ndarray]:
+    """Every lap of either side over what the machine did just then: the root of the product of its pair's medians.
+
+    Shapes: (L,) each. Raises: ValueError for sides whose blocks are not paired.
+    """
+    if set(dense.blocks) != set(pruned.blocks):
+        raise ValueError("dense and pruned laps are not from the same blocks. Measure them in one session.")
+    level_P = np.sqrt(block_medians(dense) * block_medians(pruned))
+    dense_L, pruned_L = (
+        np.asarray(side.laps_ms) / level_P[np.unique(side.blocks, return_inverse=True)[1]] for side in (dense, pruned)
+    )
+    return dense_L, pruned_L
 
 
 def session_spread(measured: Measurement) -> float:
@@ -212,21 +242,22 @@ def bootstrap_quantile(
     if estimate is None:
         return None
     openings_P = measured.openings_P
-    draws = _draws(openings_P, resamples=resamples, seed=seed)
-    values_R = resampled_quantile(measured, draws, q)
-    return _interval(values_R, level, around=estimate, openings=int(openings_P.max()) + 1)
+    openings = int(openings_P.max()) + 1
+    units_P = openings_P if openings > 1 else np.arange(len(openings_P))
+    draws = _draws(int(units_P.max()) + 1, resamples=resamples, seed=seed)
+    values_R = resampled_quantile(measured, _counts(draws)[:, units_P], q)
+    return _interval(values_R, level, around=estimate, openings=openings)
 
 
-def resampled_quantile(measured: Measurement, draws_RP: np.ndarray, q: float) -> np.ndarray:
+def resampled_quantile(measured: Measurement, counts_RP: np.ndarray, q: float) -> np.ndarray:
     """The `q` quantile of the laps in each resample of blocks, equal to numpy's on the laps written out.
 
-    Shapes: (R, P), positions among the block numbers in ascending order -> (R,).
+    Shapes: (R, P), how often each resample holds each block, block numbers in ascending order -> (R,).
     Cost: R times the square root of the laps; no resample is ever written out.
     """
-    numbers, block_L = np.unique(np.asarray(measured.blocks), return_inverse=True)
+    block_L = np.unique(np.asarray(measured.blocks), return_inverse=True)[1]
     order_L = np.argsort(np.asarray(measured.laps_ms), kind="stable")
     laps_L, block_L = np.asarray(measured.laps_ms, dtype=np.float64)[order_L], block_L[order_L]
-    counts_RP = _counts(draws_RP, len(numbers))
     last_R = counts_RP @ np.bincount(block_L) - 1
     rank_R = q * last_R
     lower_R = np.floor(rank_R).astype(np.int64)
@@ -235,28 +266,22 @@ def resampled_quantile(measured: Measurement, draws_RP: np.ndarray, q: float) ->
     return below_R + (above_R - below_R) * (rank_R - lower_R)
 
 
-def _draws(openings_P: np.ndarray, *, resamples: int, seed: int) -> np.ndarray:
-    """Which pairs each resample holds: openings are drawn first, then pairs of each opening drawn.
-
-    Openings of unequal length (an interrupted measurement) all give as many draws as the average one has pairs.
-    Shapes: (P,) -> (R, about P) integers below P.
-    """
-    random = np.random.default_rng(seed)
-    pairs, openings = len(openings_P), int(openings_P.max()) + 1
-    if openings == 1:
-        return random.integers(pairs, size=(resamples, pairs))
-    sizes_K = np.bincount(openings_P)
-    drawn_RK1 = random.integers(openings, size=(resamples, openings))[:, :, None]
-    within_RKN = random.random((resamples, openings, round(pairs / openings))) * sizes_K[drawn_RK1]
-    first_K = np.cumsum(sizes_K) - sizes_K
-    return (first_K[drawn_RK1] + within_RKN.astype(np.int64)).reshape(resamples, -1)
+def _draws(units: int, *, resamples: int, seed: int) -> np.ndarray:
+    """Which of so many units each resample holds, drawn with replacement. Shapes: -> (R, U) integers below U."""
+    return np.random.default_rng(seed).integers(units, size=(resamples, units))
 
 
-def _counts(draws_RP: np.ndarray, pairs: int) -> np.ndarray:
-    """How often each resample holds each of `pairs` pairs. Shapes: (R, any) -> (R, P)."""
-    offsets_R1 = pairs * np.arange(len(draws_RP))[:, None]
-    cells = len(draws_RP) * pairs
-    return np.bincount((draws_RP + offsets_R1).ravel(), minlength=cells).reshape(-1, pairs)
+def _counts(draws_RU: np.ndarray) -> np.ndarray:
+    """How often each resample holds each of U units. Shapes: (R, U) -> (R, U)."""
+    resamples, units = draws_RU.shape
+    offsets_R1 = units * np.arange(resamples)[:, None]
+    return np.bincount((draws_RU + offsets_R1).ravel(), minlength=resamples * units).reshape(resamples, units)
+
+
+def _trimmed_mean(values: np.ndarray) -> np.ndarray:
+    """The mean along the last axis without the lowest and the highest TRIMMED part of the values."""
+    left_out = int(TRIMMED * values.shape[-1])
+    return np.sort(values, axis=-1)[..., left_out : values.shape[-1] - left_out].mean(axis=-1)
 
 
 def _place_of_rank(block_L: np.ndarray, counts_RP: np.ndarray, rank_R: np.ndarray) -> np.ndarray:

@@ -8,8 +8,11 @@ the machine falls on all alike; blocks that are neighbours carry the same number
 How far two sessions on one file differ was looked at with a ResNet-18 of 1 ms on onnxruntime's CPU provider: by up to
 2.4 %, however long they run, and by less when they are opened anew and the medians put together; the session that
 was opened last is faster than its twin by nearly 1 % on average. So all sessions are opened anew several times within
-a measurement, in changing order, and the interval comes from a bootstrap over openings first and blocks second. What
-stays out of sight is what is the same for every session of a process; a control cannot show it either.
+a measurement, in changing order, and the interval comes from a bootstrap over openings. What stays out of sight is
+what is the same for every session of a process; a control cannot show it either.
+
+The speed-up is taken block beside block, because on a machine that others share the laps of one network may be a third
+slower for seconds, and the median of all laps then falls now into the one speed, now into the other.
 """
 
 from __future__ import annotations
@@ -33,6 +36,7 @@ from .laps import (
     Speedup,
     bootstrap_speedup,
     compare_control,
+    level_laps,
     session_spread,
     summarise,
 )
@@ -458,11 +462,11 @@ def _undecided(dense: Measurement, pruned: Measurement, speedup: Speedup, contro
 def _between_two_speeds(dense: Measurement, pruned: Measurement) -> str:
     """Whether a median lies in a gap between two speeds of the machine, and the verdict hangs on it; as a phrase.
 
-    The laps of a steady machine crowd around their median. When the middle fifth of them (p40 to p60) is as wide as
-    the bound, the machine ran at two speeds for about half the time each, and the median may be anywhere in
-    between: there is a verdict only if it is the same wherever in p40 to p60 both medians lie.
+    The laps of a steady machine crowd around the median of their block. When the middle fifth of them (p40 to p60) is
+    as wide as the bound, the machine ran at two speeds for about half the laps each, and the median may be anywhere
+    in between: there is a verdict only if it is the same wherever in p40 to p60 both medians lie.
     """
-    middles = [np.quantile(side.laps_ms, [0.4, 0.5, 0.6]) for side in (dense, pruned)]
+    middles = [np.quantile(laps_L, [0.4, 0.5, 0.6]) for laps_L in level_laps(dense, pruned)]
     widths = [float((high - low) / middle) for low, middle, high in middles]
     (dense_low, _, dense_high), (pruned_low, _, pruned_high) = middles
     if max(widths) <= UNDECIDED_WIDTH or dense_low > pruned_high or dense_high < pruned_low:
