@@ -13,10 +13,10 @@ DEMO := prune --model resnet18 --data digits --criterion chip --macs 0.5 --targe
 DEMO_RTX := --target trt-rtx:sm86,sm89
 DEMO_OUT := --out runs/demo
 
-.PHONY: help setup demo test lint types format pytest wheel doctor clean
+.PHONY: help setup demo test test-matrix lint types format pytest wheel doctor clean
 
 help:  ## what there is to make
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/\1\t\2/' | expand -t 10
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1\t\2/' | expand -t 13
 
 setup: $(STAMP)  ## a virtual environment with everything in it, once
 
@@ -31,7 +31,10 @@ demo: setup  ## prune, export, build and measure a real network: about five minu
 	else rtx=''; echo 'TensorRT-RTX has no package for this platform: the demo leaves the target trt-rtx out.'; fi; \
 	set -x; $(BIN)/chip-deploy $(DEMO) $$rtx $(DEMO_OUT)
 
-test: setup lint pytest  ## lint, types and every test
+test: setup lint pytest  ## lint, types and the tests, all but the matrix
+
+test-matrix: setup  ## every network by every criterion: an hour of one core; ONLY='densenet40 or lamp' takes a part
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) -m matrix $(if $(ONLY),-k '$(ONLY)') deploy_tests/zoo/test_matrix.py
 
 lint: setup types  ## style, import bans and types
 	$(BIN)/ruff check .

@@ -27,7 +27,7 @@ from record import (
 )
 from torch import Tensor, nn
 
-from chip_deploy.chip.allocate import Budget, Rules, kept_channels, uniform_widths
+from chip_deploy.chip.allocate import Budget, Rules, allocate, kept_channels
 from chip_deploy.chip.cost import CostModel
 from chip_deploy.chip.evidence import joint_groups, score_groups
 from chip_deploy.chip.groups import MATRIX_LAYERS, ChannelGraph, ChannelGroup
@@ -169,7 +169,7 @@ def cut(
     """A copy of the network without the channels that these scores rank last, and its plan."""
     example = normalise(data.test.read(torch.arange(1)))
     cost, rules = CostModel(built.module, example), Rules(round_to=1, min_width=PruneSection().min_width)
-    widths = uniform_widths(graph.groups, cost, Budget("macs", 1 - removed), rules)
+    widths = allocate(graph.groups, cost, Budget("macs", 1 - removed), rules, way="uniform")
     groups = [group for group in graph.groups if group.layer in widths]
     kept = {group.layer: kept_channels(group, widths[group.layer], scores[group.layer].tolist()) for group in groups}
     plan = make_plan(

@@ -28,7 +28,7 @@ from record import (
 )
 from torch import Tensor, nn
 
-from chip_deploy.chip.allocate import Budget, Rules, kept_channels, uniform_widths
+from chip_deploy.chip.allocate import Budget, Rules, allocate, kept_channels
 from chip_deploy.chip.cost import CostModel
 from chip_deploy.chip.evidence import LayerEvidence, score_groups
 from chip_deploy.chip.groups import ChannelGraph, ChannelGroup
@@ -98,7 +98,7 @@ def main() -> None:
     runs, groups = [], []
     for percent in args.cuts:
         rules = Rules(round_to=1, min_width=PruneSection().min_width)
-        widths = uniform_widths(graph.groups, cost, Budget("macs", 1 - percent / 100), rules)
+        widths = allocate(graph.groups, cost, Budget("macs", 1 - percent / 100), rules, way="uniform")
         rule = StoppingRule(widths, most=args.most, seed=args.seed)
         stopped = score(built.module, graph.groups, _first(batches, args.most), stopping=rule)
         named = {RULE: stopped, **{f"fixed {n}": run for n, run in fixed.items()}}

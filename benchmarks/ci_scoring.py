@@ -274,9 +274,9 @@ class TimedIndependence(ChannelIndependence):
         self.clock = clock
         self.seconds: dict[tuple[int, int], list[float]] = {}
 
-    def score_maps(self, maps_BCP: Tensor) -> Tensor:
+    def score_maps(self, maps_BCP: Tensor, sides: tuple[int, int]) -> Tensor:
         """The scores of the plain criterion."""
-        seconds, scores_BC = self.clock(partial(super().score_maps, maps_BCP))
+        seconds, scores_BC = self.clock(partial(super().score_maps, maps_BCP, sides))
         assert scores_BC is not None
         self.seconds.setdefault((maps_BCP.shape[1], maps_BCP.shape[2]), []).append(seconds)
         return scores_BC

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import onnxruntime
 import torch
+from record import write_record
 from torchvision import models
 
 from chip_deploy import __version__
@@ -106,7 +107,8 @@ def main() -> None:
                     rows.append({"kind": kind, "setting": setting, **_compare(path, kind, options.seconds, number)})
                     _append(options.file, rows[-1])
                     _say(f"{number + 1:4} {kind:8} {rows[-1]['verdict']:11} {rows[-1]['reason']}")
-    _print_figures(rows, setting)
+    figures = _print_figures(rows, setting)
+    write_record(options.json, figures={"setting": setting, "shares": figures, "comparisons": _comparisons(rows)})
 
 
 def _options() -> argparse.Namespace:
@@ -116,6 +118,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument(
         "--planted", type=int, default=100, help="comparisons with the planted slow-down, at most as many"
     )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write both figures, with machine and versions")
     parser.add_argument("--seconds", type=float, default=3.0, help="of timed laps a side, as the protocol has it")
     return parser.parse_args()
 
@@ -152,8 +155,8 @@ def _row(measured: Measured) -> dict[str, Any]:
     }
 
 
-def _print_figures(rows: list[dict[str, Any]], setting: dict[str, Any]) -> None:
-    machine = read_machine()
+def _print_figures(rows: list[dict[str, Any]], setting: dict[str, Any]) -> list[dict[str, Any]]:
+    machine, figures = read_machine(), []
     _say(f"\n{machine.cpu}, {machine.cores} cores, {machine.system}, load {machine.load}; {setting['versions']}")
     for kind, words, passes in (
         ("equal", f"equal networks found faster, at most {MOST_FALSE:.0%} wanted", lambda share: share <= MOST_FALSE),
@@ -170,6 +173,31 @@ def _print_figures(rows: list[dict[str, Any]], setting: dict[str, Any]) -> None:
         )
         ratios = [row["speedup"]["estimate"] for row in rows if row["kind"] == kind]
         _say(f"  speed-ups: median {np.median(ratios):.4f}, {min(ratios):.4f} to {max(ratios):.4f}")
+        figures.append(
+            {
+                "kind": kind,
+                "comparisons": n,
+                "faster": found,
+                "interval": [low, high],
+                "unstable": verdicts.count("unstable"),
+                "as_wanted": passes(found / n),
+                "median_speedup": float(np.median(ratios)),
+            }
+        )
+    return figures
+
+
+def _comparisons(rows: list[dict[str, Any]]) -> list[list[Any]]:
+    """Of each comparison its kind, verdict, speed-up with both ends of the interval, and noise floor."""
+    return [
+        [
+            row["kind"],
+            row["verdict"],
+            *(round(row["speedup"][end], 4) for end in ("estimate", "low", "high")),
+            None if row["noise"] is None else round(row["noise"], 4),
+        ]
+        for row in rows
+    ]
 
 
 def exact_interval(found: int, n: int, level: float = 0.95) -> tuple[float, float]:

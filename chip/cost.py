@@ -75,6 +75,15 @@ class CostModel:
 
     def after(self, removed: Removed) -> Cost:
         """The cost once these positions are gone. Fractions are allowed and rounded at the end."""
+        macs, params = self._left(removed)
+        return Cost(round(macs), round(params))
+
+    def gone_with(self, removed: Removed) -> tuple[float, float]:
+        """The multiply-accumulates and the parameters that vanish with these positions, not rounded."""
+        before, after = self._left({}), self._left(removed)
+        return before[0] - after[0], before[1] - after[1]
+
+    def _left(self, removed: Removed) -> tuple[float, float]:
         params = float(self._params)
         for name, matrix in self._matrices.items():
             rows, columns = removed.get((name, "out"), 0), removed.get((name, "in"), 0)
@@ -83,7 +92,7 @@ class CostModel:
         for (name, side), count in removed.items():
             if side == "out" and name in self._per_channel:
                 params -= self._per_channel[name] * count
-        return Cost(round(sum(self.layer_macs(removed).values())), round(params))
+        return sum(self.layer_macs(removed).values()), params
 
 
 def removed_at(groups: Sequence[ChannelGroup], widths: Mapping[str, int]) -> dict[Side, float]:

@@ -1,48 +1,32 @@
-"""One pass of the model over plain images: what every channel group's consumers read, scored as it streams by."""
+"""One pass of the model over plain images feeds every criterion what it asked for; the scores of all channel groups."""
 
 import time
-import weakref
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
-from .criterion import Criterion
-from .groups import MATRIX_LAYERS, CannotCut, ChannelGroup, Member
+from .cost import CostModel
+from .criterion import Criterion, GroupWeights, MapCriterion, RunCriterion, WeightCriterion, equal_say
+from .groups import ChannelGroup, why_protected
+from .image_pass import Batch, ImagePass
 from .joint import Reader, joint_scores
-from .scores import LayerEvidence
+from .maps import MapSink, covered_places, side_by_side, watched
+from .masked import MaskedRuns
+from .scores import LayerEvidence, Scored
 from .shards import Shards
-from .shortcut import ChannelMap
-from .stability import ReaderScores, StoppingRule, group_scores, kept_overlaps
+from .stability import StoppingRule
+from .weights import group_weights
 
-# Shape letters: B images, C channels, P values of one channel in one image, H W pixels.
+# Shape letters: B images, C channels, H W pixels.
 
-_POOLS = frozenset({"adaptive_avg_pool2d", "adaptive_max_pool2d", "avg_pool2d", "max_pool2d", "mean", "amax"})
-_MIXES = frozenset({"linear", "conv1d", "conv2d", "conv3d", "matmul", "bmm", "einsum", "scaled_dot_product_attention"})
-_ORIGIN = "_chip_deploy_pooled_from"
-_HELD_BYTES = 2**30
-
-Key = tuple[str, str]
-"""A group's root layer and one of its consumers."""
+RUN_IMAGES = 64
+"""How many images masked runs look at where nobody says otherwise."""
 ALONE = Shards()
-
-
-@dataclass(frozen=True)
-class Scored:
-    """scores: group -> (C,) float64, in the order of the group's channels; layers: what each rests on."""
-
-    scores: dict[str, Tensor]
-    layers: dict[str, LayerEvidence]
-
-    @property
-    def images(self) -> int:
-        """The most images that any group needed."""
-        return max((layer.images for layer in self.layers.values()), default=0)
+_HELD_BYTES = 2**30
 
 
 def score_groups(
@@ -51,48 +35,116 @@ def score_groups(
     criterion: Criterion,
     batches: Iterable[Tensor],
     *,
+    cost: CostModel | None = None,
     stopping: StoppingRule | None = None,
     shards: Shards = ALONE,
     progress: Callable[[int], None] | None = None,
 ) -> Scored:
-    """The score of every channel of every group that may be cut.
+    """What `score_all` finds by one criterion, on images without labels. Shapes: batches of (B, 3, H, W)."""
+    found = score_all(
+        model,
+        groups,
+        [criterion],
+        map(Batch, batches),
+        cost=cost,
+        stopping=stopping,
+        shards=shards,
+        progress=progress,
+    )
+    return found[criterion.name]
+
+
+def score_all(
+    model: nn.Module,
+    groups: Sequence[ChannelGroup],
+    criteria: Sequence[Criterion],
+    batches: Iterable[Batch],
+    *,
+    cost: CostModel | None = None,
+    stopping: StoppingRule | None = None,
+    run_images: int = RUN_IMAGES,
+    shards: Shards = ALONE,
+    progress: Callable[[int], None] | None = None,
+    run_progress: Callable[[float, str], None] | None = None,
+) -> dict[str, Scored]:
+    """By each criterion's name, the score of every channel of every group that may be cut.
+
+    One pass over the images serves all: maps are scored as they stream by, gradients of the cross-entropy are summed
+    over images in the same pass, and the first `run_images` are kept for masked runs. Criteria that need neither touch
+    no image.
 
     Maps are read where the consumers read them: at the input of each convolution or linear that takes the group's
     channels, or, where a global pool lies between, at the pool's input. Consumers that read the very same tensor count
     once. Rule for a group: each consumer's scores, averaged over images, are divided by their mean over the group's
     channels; the group's score is the average over its consumers. So every consumer has the same say, whatever the
-    scale of its maps.
+    scale of its maps. Other scores stay as they are where the criterion ranks the channels of all groups, and are
+    divided by their mean over the group where it does not. Groups that a criterion `lacks` something to judge by have
+    no scores by it.
 
-    With a stopping rule, a group whose kept set has become stable is not looked at any more, and when all have settled
-    no further image is. With `shards`, `batches` are those of this process (`Shards.own`), and every process returns
-    what one alone would have found on all batches.
+    With a stopping rule, a group whose kept set has become stable is not shown to that criterion any more; gradients
+    see every image there is, and the pass ends early only where nobody asked for them. With `shards`, `batches` are
+    those of this process (`Shards.own`), and every process returns what one alone would have found on all batches.
 
-    Shapes: batches of (B, 3, H, W), on any device -> group -> (C,) float64 on the CPU.
-    Unit: none; 1 is an average channel, 0 a dead one.
-    Cost: one forward pass and the criterion's time per image and consumer; B x C scores are kept, no maps. On a GPU the
-    device is waited for once a batch.
-    Raises: ValueError naming the layer whose maps are not finite.
+    cost: of the dense model; needed where a criterion scores weights or runs.
+    progress: is told the images so far; run_progress: the part of the masked runs that is done, and the group.
+    Shapes: batches of (B, 3, H, W), on the model's device -> group -> (C,) float64 on the CPU.
+    Unit: of map criteria none, 1 is an average channel, 0 a dead one; of others as said above.
+    Cost: one forward pass, one backward pass where gradients are asked for, and each criterion's own time; of the maps
+    only B x C scores are kept. On a GPU the device is waited for once a batch, by `hrank` more often; gradients and
+    masked runs are computed by kernels that repeat, without TF32.
+    Raises: ValueError naming the layer whose maps, weights or gradients are not finite; ValueError where a criterion
+    needs images or labels and there are none.
     """
     wanted = {group.layer: group for group in groups if group.protected is None}
-    sink = _Sink(wanted, criterion.score_maps)
-    record = _Record(wanted, _covered_of(model, wanted.values()), stopping)
-    source = iter(batches)
-    with _watched(model, sink):
-        while record.open:
-            batch = next(source, None)
-            found = None if batch is None else _found(sink, model, batch, shards)
-            everything = [rows for rows in shards.gather(found) if rows is not None]
-            if not everything:
-                break
-            for rows in everything:
-                if isinstance(rows, str):
-                    raise ValueError(rows)
-                record.add(rows)
-            sink.groups = record.open
-            if progress is not None:
-                progress(record.images)
-    seconds = shards.gather(sink.seconds)
-    return record.result({layer: sum(of.get(layer, 0.0) for of in seconds) for layer in wanted})
+    if not wanted:
+        return {criterion.name: Scored({}, {}) for criterion in criteria}
+    by_maps_alone = all(isinstance(criterion, MapCriterion) for criterion in criteria)
+    if cost is None and not by_maps_alone:
+        raise ValueError("criteria that score weights or masked runs need `cost`, the CostModel of the dense network.")
+    one_pass = ImagePass(model, wanted, criteria, stopping=stopping, run_images=run_images, shards=shards)
+    with nullcontext() if by_maps_alone else _repeatable():
+        one_pass.take(batches, progress)
+    weights: dict[str, GroupWeights] = {}
+    if cost is not None and any(isinstance(criterion, WeightCriterion) for criterion in criteria):
+        weights = group_weights(model, groups, cost, gradients=one_pass.summed_gradients())
+    found: dict[str, Scored] = {}
+    for criterion in criteria:
+        match criterion:
+            case MapCriterion():
+                found[criterion.name] = one_pass.by_maps(criterion)
+            case WeightCriterion():
+                judged = {layer: of for layer, of in weights.items() if criterion.lacks(of) is None}
+                found[criterion.name] = _by_weights(criterion, judged, images=one_pass.images_seen(criterion))
+            case RunCriterion():
+                masked = MaskedRuns(model, groups, *one_pass.kept_images())
+                with _repeatable():
+                    found[criterion.name] = _by_runs(criterion, masked, wanted, shards, run_progress)
+            case _:
+                raise TypeError(f"'{criterion.name}' is no map, weight or run criterion.")
+    return found
+
+
+def judged_groups(
+    model: nn.Module, groups: Sequence[ChannelGroup], criteria: Sequence[Criterion], *, cost: CostModel
+) -> list[ChannelGroup]:
+    """The groups, those of them protected that one of the criteria has nothing to judge by, with what it lacks.
+
+    Raises: ValueError when no group is left to cut; it names the groups and why.
+    """
+    found = []
+    for group in groups:
+        weights = group_weights(model, [group], cost)  # one at a time: all together are two copies of the network
+        reasons = [
+            f"'{criterion.name}' cannot judge it: {reason}"
+            for criterion in criteria
+            if group.layer in weights and (reason := criterion.lacks(weights[group.layer])) is not None
+        ]
+        found.append(replace(group, protected=reasons[0]) if reasons else group)
+    if all(group.protected for group in found):
+        free = any(group.protected is None for group in groups)
+        whose = "another criterion or another network" if free else "another network"
+        raise ValueError(f"nothing of this network can be cut ({why_protected(found)}). Take {whose}.")
+    return found
 
 
 def joint_groups(
@@ -105,325 +157,153 @@ def joint_groups(
     """The scores of `joint.joint_scores` for every group that may be cut: of two identical channels one stays.
 
     The maps of a group's consumers are held at once, so as many groups are taken together as fit into 1 GiB, and the
-    model passes over the batches again for the next. Consumers are those of `score_groups`.
+    model passes over the batches again for the next. Consumers are those of `score_all`.
 
-    Shapes, Unit, Raises: as `score_groups`.
-    Cost: a few passes of the model, and per removed channel a downdate of each image; minutes where `score_groups`
-    takes seconds.
+    Shapes: batches of (B, 3, H, W), on any device -> group -> (C,) float64 on the CPU.
+    Unit: none; 1 is an average channel, 0 a dead one.
+    Cost: a few passes of the model, and per removed channel a downdate of each image; minutes where `score_all` takes
+    seconds.
+    Raises: ValueError naming the layer whose maps are not finite.
     """
     wanted = {group.layer: group for group in groups if group.protected is None}
     if not batches:
         raise ValueError("joint scores need at least one batch of images.")
-    covered = _covered_of(model, wanted.values())
+    covered = covered_places(model, wanted.values())
     images = sum(len(batch) for batch in batches)
     scores: dict[str, Tensor] = {}
     layers: dict[str, LayerEvidence] = {}
     while len(scores) < len(wanted):
-        left = {layer: group for layer, group in wanted.items() if layer not in scores}
-        sink = _Sink(left, torch.clone, join=_side_by_side)  # a clone: what follows may work in place
-        with _watched(model, sink):
-            held = sink.hold(model, batches)
-        for layer, group in sink.groups.items():
+        for layer, held in _held(model, [group for group in wanted.values() if group.layer not in scores], batches):
             started = time.perf_counter()
-            place = {channel: n for n, channel in enumerate(group.channels)}
-            readers = [Reader(held[key], [place[c] for c in covered[key]]) for key in held if key[0] == layer]
-            scores[layer] = joint_scores(readers, width=group.width).cpu()
+            readers = [Reader(maps, covered[layer, consumer]) for consumer, maps in held.items()]
+            scores[layer] = joint_scores(readers, width=wanted[layer].width).cpu()
             layers[layer] = LayerEvidence(images, None, settled=False, seconds=time.perf_counter() - started)
             if progress is not None:
                 progress(len(scores))
     return Scored({layer: scores[layer] for layer in wanted}, {layer: layers[layer] for layer in wanted})
 
 
-class _Record:
-    """The scores of all images so far, and which groups still need more."""
-
-    def __init__(
-        self,
-        groups: Mapping[str, ChannelGroup],
-        covered: Mapping[Key, Sequence[int]],
-        stopping: StoppingRule | None,
-    ) -> None:
-        self.groups = groups
-        self.covered = covered
-        self.stopping = stopping
-        self.open = dict(groups)
-        self.images = 0
-        self.readers: dict[str, dict[str, ReaderScores]] = {layer: {} for layer in groups}
-        self.stability: dict[str, float] = {}
-        self.seen: dict[str, int] = dict.fromkeys(groups, 0)
-        self.settled: set[str] = set()
-        self._once: set[str] = set()
-        self._next_look = stopping.least if stopping else 0
-
-    def add(self, rows: Mapping[Key, Tensor]) -> None:
-        """One batch's scores; what came for groups that have settled meanwhile is left out."""
-        images = 0
-        for (layer, consumer), scores_BC in rows.items():
-            images = len(scores_BC)
-            if layer not in self.open:
-                continue
-            readers = self.readers[layer]
-            readers.setdefault(consumer, ReaderScores(self.covered[layer, consumer])).add(scores_BC)
-        self.images += images
-        for layer in self.open:
-            self.seen[layer] = self.images
-        if self.stopping and self.images >= self._next_look:
-            self._next_look = min(
-                self.images + max(self.stopping.least, self.images // 2), max(self.stopping.most, self.images + 1)
-            )
-            self._look(self.stopping, last=self.images >= self.stopping.most)
-
-    def result(self, seconds: Mapping[str, float]) -> Scored:
-        """The scores, and what they rest on; groups that were still open when images ran out get a last look."""
-        if self.stopping:
-            self._look(self.stopping, last=True)
-        scores = {
-            layer: group_scores(group, list(self.readers[layer].values())) for layer, group in self.groups.items()
-        }
-        layers = {
-            layer: LayerEvidence(self.seen[layer], self.stability.get(layer), layer in self.settled, seconds[layer])
-            for layer in self.groups
-        }
-        return Scored(scores, layers)
-
-    def _look(self, rule: StoppingRule, *, last: bool) -> None:
-        """Close the groups found stable twice in a row; at the last look once is enough, and all are closed."""
-        stable = {layer for layer in self.open if self._is_stable(layer, rule)}
-        self.settled |= stable if last else stable & self._once
-        self.open = {layer: group for layer, group in self.open.items() if not last and layer not in self.settled}
-        self._once = stable
-
-    def _is_stable(self, layer: str, rule: StoppingRule) -> bool:
-        group = self.groups[layer]
-        overlaps = kept_overlaps(group, list(self.readers[layer].values()), rule)
-        self.stability[layer] = min(overlaps.values())
-        return rule.is_stable(group, overlaps)
-
-
-class _Sink:
-    """What the consumers of the groups read in one batch, each put through `score`."""
-
-    def __init__(
-        self,
-        groups: Mapping[str, ChannelGroup],
-        score: Callable[[Tensor], Tensor],
-        *,
-        join: Callable[[Sequence[Tensor], int], Tensor] | None = None,
-    ) -> None:
-        self.groups = groups
-        self.score = score
-        self.join = join or _mean_of_calls
-        self.seconds: dict[str, float] = defaultdict(float)
-        self._seen: list[_Seen] = []
-        self._found: dict[Key, list[Tensor]] = {}
-        self._only_look = False
-
-    def run(self, model: nn.Module, batch: Tensor) -> dict[Key, Tensor]:
-        """Key -> what `score` made of the batch's maps, (B, C) or (B, C, P), one row an image.
-
-        Where a consumer is called several times for one image, `join` makes one row of what it read.
-        Raises: ValueError naming the layer, image and channel that are not finite.
-        """
-        self._pass(model, batch)
-        found = {key: self.join(values, len(batch)) for key, values in self._found.items()}
-        self._found = {}
-        flags = [values.isfinite().all() for values in found.values()]
-        if flags and not bool(torch.stack(flags).all()):
-            self._only_look = True
-            self._pass(model, batch)
-            raise AssertionError("a criterion gave no number for finite maps")
-        return found
-
-    def hold(self, model: nn.Module, batches: Sequence[Tensor]) -> dict[Key, Tensor]:
-        """The maps of as many groups as fit into memory, over all batches; at least those of one."""
-        images = sum(len(batch) for batch in batches)
-        first = self.run(model, batches[0])
-        fitting: dict[str, ChannelGroup] = {}
+def _held(
+    model: nn.Module, groups: Sequence[ChannelGroup], batches: Sequence[Tensor]
+) -> list[tuple[str, dict[str, Tensor]]]:
+    """Group, and by consumer its maps over all batches, of as many groups as fit into memory; at least of one."""
+    by = "maps"
+    sink = MapSink({group.layer: group for group in groups}, {by: _copied}, join=side_by_side)
+    images = sum(len(batch) for batch in batches)
+    with watched(model, sink):
+        _, first = sink.run(model, batches[0])
+        fitting: list[str] = []
         held_bytes = 0
-        for layer, group in self.groups.items():
-            own_bytes = sum(maps.nbytes for key, maps in first.items() if key[0] == layer)
+        for group in groups:
+            own_bytes = sum(maps.nbytes for reading, maps in first.items() if reading.layer == group.layer)
             held_bytes += own_bytes * images // len(batches[0])
             if fitting and held_bytes > _HELD_BYTES:
                 break
-            fitting[layer] = group
-        self.groups = fitting
-        parts = {key: [maps] for key, maps in first.items() if key[0] in fitting}
+            fitting.append(group.layer)
+        sink.wanted = {by: fitting}
+        parts = {reading: [maps] for reading, maps in first.items() if reading.layer in fitting}
         del first
         for batch in batches[1:]:
-            for key, maps in self.run(model, batch).items():
-                parts[key].append(maps)
-        return {key: torch.cat(maps) for key, maps in parts.items()}
-
-    def read(self, group: ChannelGroup, member: Member, x: Tensor, module: nn.Module) -> None:
-        """Score what a consumer is about to read. Raises: CannotCut when the graph has its channels wrong."""
-        pooled_from = getattr(x, _ORIGIN, None)
-        tensor = x if pooled_from is None else pooled_from
-        channels_last = isinstance(module, nn.Linear) and (pooled_from is None or tensor.ndim != 4)
-        if max(member.positions) >= x.shape[-1 if isinstance(module, nn.Linear) else 1]:
-            raise CannotCut(
-                f"'{member.layer}' reads fewer channels of '{group.layer}' than the dependency graph says; this "
-                "network cannot be cut."
-            )
-        started = time.perf_counter()
-        maps_BCP = _maps(tensor, member, channels_last=channels_last, spread=pooled_from is None)
-        if self._only_look:
-            _require_finite(maps_BCP, member.layer)
-        elif not self._counted_already(group, member, tensor):
-            self._found.setdefault((group.layer, member.layer), []).append(self.score(maps_BCP))
-            self.seconds[group.layer] += time.perf_counter() - started
-
-    def _pass(self, model: nn.Module, batch: Tensor) -> None:
-        self._seen.clear()
-        self._found = {}
-        model(batch)
-
-    def _counted_already(self, group: ChannelGroup, member: Member, tensor: Tensor) -> bool:
-        """Whether another consumer read these very maps in this pass; remembers them if not.
-
-        Tensors are told apart by identity and version: an address is given out again once a tensor is gone, and an
-        activation in place changes what the same tensor holds.
-        """
-        for other in self._seen:
-            same = (other.group, other.version, other.positions) == (group.layer, tensor._version, member.positions)
-            if same and other.tensor() is tensor and other.layer != member.layer:
-                return True
-        self._seen.append(_Seen(group.layer, member.layer, member.positions, weakref.ref(tensor), tensor._version))
-        return False
+            for reading, maps in sink.run(model, batch)[1].items():
+                parts[reading].append(maps)
+    return [
+        (layer, {reading.consumer: torch.cat(maps) for reading, maps in parts.items() if reading.layer == layer})
+        for layer in fitting
+    ]
 
 
-@dataclass(frozen=True)
-class _Seen:
-    """Maps that a consumer read in the present pass; the tensor is not kept alive."""
-
-    group: str
-    layer: str
-    positions: tuple[int, ...]
-    tensor: "weakref.ref[Tensor]"
-    version: int
+def _copied(maps_BCP: Tensor, sides: tuple[int, int]) -> Tensor:
+    del sides
+    return maps_BCP.clone()  # what follows may work in place
 
 
-def _found(sink: _Sink, model: nn.Module, batch: Tensor, shards: Shards) -> dict[Key, Tensor] | str:
-    """The scores of one batch; for other processes, which must hear of it, what is wrong with its maps."""
+def _by_weights(criterion: WeightCriterion, groups: Mapping[str, GroupWeights], *, images: int) -> Scored:
+    for weights in groups.values():
+        _require_finite(weights)
+    started = time.perf_counter()
+    raw = criterion.score_weights(groups) if groups else {}
+    seconds = (time.perf_counter() - started) / max(1, len(groups))
+    scores = {layer: _in_shares(criterion, weights, raw[layer]) for layer, weights in groups.items()}
+    evidence = {layer: LayerEvidence(images, None, settled=False, seconds=seconds) for layer in groups}
+    return Scored(scores, evidence)
+
+
+def _by_runs(
+    criterion: RunCriterion,
+    masked: MaskedRuns,
+    groups: Mapping[str, ChannelGroup],
+    shards: Shards,
+    progress: Callable[[float, str], None] | None,
+) -> Scored:
+    """Each process plays its share of the groups, all on the same images; what is wrong in one, all hear of."""
+    played: dict[str, _Play] | str
     try:
-        return _on_cpu(sink.run(model, batch))
+        played = _plays(criterion, masked, groups, list(groups)[shards.rank :: shards.world], progress)
     except ValueError as err:
         if shards.world == 1:
             raise
-        return str(err)
+        played = str(err)
+    everything: dict[str, _Play] = {}
+    for part in shards.gather(played):
+        if isinstance(part, str):
+            raise ValueError(part)
+        everything |= part
+    scores, evidence, strengths = {}, {}, {}
+    for layer, group in groups.items():
+        importance_C, strengths[layer], seconds = everything[layer]
+        scores[layer] = _in_shares(criterion, group, importance_C)
+        evidence[layer] = LayerEvidence(len(masked.images), None, settled=False, seconds=seconds)
+    return Scored(scores, evidence, strengths)
 
 
-def _on_cpu(found: Mapping[Key, Tensor]) -> dict[Key, Tensor]:
-    """The scores of one batch off the device, in one copy."""
-    flat = torch.cat([scores_BC.flatten() for scores_BC in found.values()]).cpu() if found else torch.zeros(0)
-    sizes = [scores_BC.numel() for scores_BC in found.values()]
-    parts = zip(found.items(), flat.split(sizes), strict=True)
-    return {key: part.reshape(scores_BC.shape) for (key, scores_BC), part in parts}
+class _Play(NamedTuple):
+    """What the runs of one group gave, and how long they took."""
+
+    importance_C: Tensor
+    strength: float
+    seconds: float
 
 
-def _mean_of_calls(values: Sequence[Tensor], images: int) -> Tensor:
-    """The mean over a consumer's calls, and over the maps of one image where a call sees several."""
-    rows = [value.reshape(images, -1, *value.shape[1:]).mean(1) if len(value) != images else value for value in values]
-    return rows[0] if len(rows) == 1 else torch.stack(rows).mean(0)
+def _plays(
+    criterion: RunCriterion,
+    masked: MaskedRuns,
+    groups: Mapping[str, ChannelGroup],
+    own: Sequence[str],
+    progress: Callable[[float, str], None] | None,
+) -> dict[str, _Play]:
+    played: dict[str, _Play] = {}
+    for count, layer in enumerate(own):
+        told = None if progress is None else _told(progress, count, len(own), layer)
+        started = time.perf_counter()
+        found = criterion.score_runs(masked.runs(layer), groups[layer].width, progress=told)
+        played[layer] = _Play(found.importance_C.cpu(), found.strength, time.perf_counter() - started)
+    return played
 
 
-def _side_by_side(values: Sequence[Tensor], images: int) -> Tensor:
-    """All maps of one image as pixels of the same channels. Shapes: (n B, C, P) each -> (B, C, all pixels)."""
-    rows = [value.reshape(images, -1, *value.shape[1:]).movedim(1, 2).flatten(2) for value in values]
-    return torch.cat(rows, -1)
+def _repeatable() -> AbstractContextManager[None]:
+    """Kernels that repeat, and no TF32: gradients, and differences of runs, may be smaller than its rounding."""
+    return torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
 
 
-def _require_finite(maps_BCP: Tensor, layer: str) -> None:
-    finite_BC = torch.isfinite(maps_BCP).all(-1)
-    if not bool(finite_BC.all()):
-        image, channel = (~finite_BC).nonzero()[0].tolist()
+def _in_shares(criterion: Criterion, group: GroupWeights | ChannelGroup, scores_C: Tensor) -> Tensor:
+    """The scores as they are where they rank the channels of all groups, else in shares of the average channel."""
+    shape = tuple(scores_C.shape)
+    assert shape == (group.width,), f"{criterion.name}: scores of shape {shape} for the {group.width} of {group.layer}"
+    if not bool(scores_C.isfinite().all()):
         raise ValueError(
-            f"the maps that '{layer}' reads: image {image}, channel {channel} is not finite. "
-            "The network cannot be scored."
+            f"criterion '{criterion.name}' finds no finite score for '{group.layer}': what it was shown of the network "
+            "grows beyond all bounds. The network cannot be scored by it; take another criterion."
         )
+    scores_C = scores_C.double().cpu()
+    return scores_C if criterion.comparable else equal_say(group.width, [(range(group.width), scores_C)])
 
 
-class _PoolTracker(TorchFunctionMode):
-    """Marks what a global pool computed, and what is computed from it channel by channel, with the pool's input."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        source = args[0] if args and isinstance(args[0], Tensor) else None
-        if source is None or not isinstance(result, Tensor):
-            return result
-        origin = getattr(source, _ORIGIN, None)
-        name = getattr(func, "__name__", "")
-        if origin is not None and result.numel() == source.numel() and name not in _MIXES:
-            setattr(result, _ORIGIN, origin)
-        elif name in _POOLS and _is_global_pool(source, result):
-            setattr(result, _ORIGIN, source)
-        return result
+def _require_finite(weights: GroupWeights) -> None:
+    for part in (*weights.producers, *weights.consumers, *weights.scales):
+        if not bool(part.values_KN.isfinite().all()):
+            raise ValueError(f"'{part.layer}' holds a weight that is not finite. The network cannot be scored.")
 
 
-def _is_global_pool(source: Tensor, result: Tensor) -> bool:
-    return (
-        source.ndim == 4
-        and source.shape[2] * source.shape[3] > 1
-        and result.shape[:2] == source.shape[:2]
-        and result.numel() == source.shape[0] * source.shape[1]
-    )
-
-
-@contextmanager
-def _watched(model: nn.Module, sink: _Sink) -> Iterator[None]:
-    """Pre-hooks on every consumer, in evaluation mode; they see exactly what the consumer sees."""
-    readers: dict[str, list[tuple[str, Member]]] = {}
-    for group in sink.groups.values():
-        for member in _readers(model, group):
-            readers.setdefault(member.layer, []).append((group.layer, member))
-
-    def reader(entries: list[tuple[str, Member]]) -> Callable[..., None]:
-        def read(module: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
-            x = inputs[0] if inputs else next(iter(named.values()))
-            for layer, member in entries:
-                if layer in sink.groups:
-                    sink.read(sink.groups[layer], member, x, module)
-
-        return read
-
-    training = model.training
-    with ExitStack() as stack:
-        stack.callback(model.train, training)
-        model.eval()
-        for layer, entries in readers.items():
-            handle = model.get_submodule(layer).register_forward_pre_hook(reader(entries), with_kwargs=True)
-            stack.callback(handle.remove)
-        stack.enter_context(torch.no_grad())
-        stack.enter_context(_PoolTracker())
-        yield
-
-
-def _covered_of(model: nn.Module, groups: Iterable[ChannelGroup]) -> dict[Key, list[int]]:
-    """Which of its group's channels each consumer reads."""
-    return {
-        (group.layer, member.layer): sorted(set(member.roots)) for group in groups for member in _readers(model, group)
-    }
-
-
-def _readers(model: nn.Module, group: ChannelGroup) -> list[Member]:
-    """The consumers that count: convolutions and linears; a channel map only where nothing else reads the group."""
-    layers = [m for m in group.consumers if isinstance(model.get_submodule(m.layer), MATRIX_LAYERS)]
-    return layers or [m for m in group.consumers if isinstance(model.get_submodule(m.layer), ChannelMap)]
-
-
-def _maps(x: Tensor, member: Member, *, channels_last: bool, spread: bool) -> Tensor:
-    """The group's rows among the channels of x, (B, C, P), in the order of `_covered_of`.
-
-    A linear layer behind a flatten reads several values of one channel; they become that channel's P.
-    """
-    rows_BCP = (x.movedim(-1, 1) if channels_last else x).flatten(2) if x.ndim > 2 else x.unsqueeze(-1)
-    if member.positions == tuple(range(rows_BCP.shape[1])) == member.roots:
-        return rows_BCP
-    by_root: dict[int, list[int]] = {}
-    for position, root in zip(member.positions, member.roots, strict=True):
-        by_root.setdefault(root, []).append(position)
-    covered = sorted(by_root)
-    if not spread:  # the pool's input: one map a channel, whatever the flatten behind the pool did
-        index = torch.tensor([by_root[root][0] for root in covered], device=x.device)
-        return rows_BCP.index_select(1, index)
-    index = torch.tensor([sorted(by_root[root]) for root in covered], device=x.device)
-    return rows_BCP.index_select(1, index.flatten()).reshape(len(x), len(covered), -1)
+def _told(progress: Callable[[float, str], None], count: int, groups: int, layer: str) -> Callable[[float], None]:
+    """What one group's progress means for all of this process's groups."""
+    return lambda part: progress((count + part) / groups, layer)

@@ -77,6 +77,18 @@ class ChannelGroup:
         return [member for member in self.members if member.side == "in"]
 
 
+def why_protected(groups: Sequence[ChannelGroup]) -> str:
+    """Each reason with the first three groups it holds for, and how many more."""
+    reasons: dict[str, list[str]] = {}
+    for group in groups:
+        reasons.setdefault(group.protected or "", []).append(f"'{group.layer}'")
+    parts = [
+        f"{', '.join(layers[:3])}{f' and {len(layers) - 3} more' if len(layers) > 3 else ''}: {reason}"
+        for reason, layers in reasons.items()
+    ]
+    return "; ".join(parts) or "it has no convolution and no linear layer"
+
+
 class ChannelMapPruner(BasePruningFunc):
     """Teaches torch-pruning the option-A shortcut: its inputs and outputs are cut independently."""
 

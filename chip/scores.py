@@ -1,6 +1,7 @@
 """Channel scores: one vector per channel group, with what they were made from."""
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -29,14 +30,33 @@ class LayerEvidence:
 
 
 @dataclass(frozen=True)
+class Scored:
+    """scores: group -> (C,) float64, in the order of the group's channels; layers: what each rests on.
+
+    strengths: group -> how much its channels act together, where the criterion found that out.
+    """
+
+    scores: dict[str, Tensor]
+    layers: dict[str, LayerEvidence]
+    strengths: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def images(self) -> int:
+        """The most images that any group needed."""
+        return max((layer.images for layer in self.layers.values()), default=0)
+
+
+@dataclass(frozen=True)
 class ChannelScores:
     """layer path of each group's root -> (C,) float64, in the order of the group's channels.
 
-    Unit: none; every consumer's scores were divided by their mean, so 1 is an average channel.
-    images: the most that any group needed.
+    Unit: that of the criterion where its scores rank the channels of all groups; else none, and 1 is an average
+    channel of its group.
+    images: the most that any group needed; 0 where none was looked at.
     weights_sha256: digest of the model that was scored.
     layers: group -> what its scores rest on; without the seconds in the file, so that the same scores are the same
     bytes.
+    strengths: group -> how much its channels act together; empty where nobody asked.
     """
 
     scores: Mapping[str, Tensor]
@@ -44,6 +64,7 @@ class ChannelScores:
     images: int
     weights_sha256: str
     layers: Mapping[str, LayerEvidence] = field(default_factory=dict)
+    strengths: Mapping[str, float] = field(default_factory=dict)
 
     def to_bytes(self) -> bytes:
         """The safetensors file, the same bytes for the same scores."""
@@ -56,6 +77,7 @@ class ChannelScores:
                 name: {"images": layer.images, "stability": layer.stability, "settled": layer.settled}
                 for name, layer in self.layers.items()
             },
+            **({"strengths": dict(self.strengths)} if self.strengths else {}),
         }
         return save(
             {name: scores.contiguous() for name, scores in sorted(self.scores.items())},
@@ -76,6 +98,7 @@ class ChannelScores:
                 scores = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
                 criterion, images, digest = metadata["criterion"], int(metadata["images"]), metadata["weights_sha256"]
                 layers = {name: _evidence(**found) for name, found in metadata.get("layers", {}).items()}
+                strengths = {name: float(strength) for name, strength in metadata.get("strengths", {}).items()}
         except (SafetensorError, KeyError, ValueError, TypeError, AttributeError) as err:
             raise ValueError(
                 f"{path} is no score file of this tool ({SCHEMA}), or is damaged. Write one with `chip-deploy score`."
@@ -86,7 +109,13 @@ class ChannelScores:
                     f"{path}: the scores of '{name}' are no vector of finite numbers. Score the model again with "
                     "`chip-deploy score`."
                 )
-        return cls(scores, criterion, images, digest, layers)
+        for name, strength in strengths.items():
+            if name not in scores or not 0 <= strength < math.inf:
+                raise ValueError(
+                    f"{path}: the strength of '{name}' is {strength}, and a finite one of a scored group is expected. "
+                    "Score the model again with `chip-deploy score`."
+                )
+        return cls(scores, criterion, images, digest, layers, strengths)
 
 
 def _evidence(*, images: int, stability: float | None, settled: bool) -> LayerEvidence:

@@ -7,9 +7,10 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from .criterion import equal_say
 from .groups import ChannelGroup
 
-# Shape letters: B images, C channels of a group, R resamples, A atoms.
+# Shape letters: B images, C channels of a group, K of them that one consumer reads, R resamples, A atoms.
 
 LEAST_IMAGES = 32
 MOST_IMAGES = 640
@@ -18,7 +19,10 @@ KEPT = (0.7, 0.5, 0.3)
 
 
 class ReaderScores:
-    """One consumer's scores of the group's channels, image by image. Shapes: (B, C') with C' = len(covered)."""
+    """One consumer's scores of the group's channels, image by image. Shapes: (B, K) with K = len(covered).
+
+    covered: the places in the group of the channels that the consumer reads.
+    """
 
     def __init__(self, covered: Sequence[int]) -> None:
         self.covered = tuple(covered)
@@ -73,7 +77,9 @@ def group_scores(group: ChannelGroup, readers: Sequence[ReaderScores]) -> Tensor
 
     Shapes: -> (C,) float64, in the order of the group's channels. Unit: none; 1 is an average channel, 0 a dead one.
     """
-    return _combined(group, [(reader.covered, reader.scores_BC.mean(0, keepdim=True)) for reader in readers])[0]
+    if not readers:  # nothing reads them in a forward pass
+        return torch.zeros(group.width, dtype=torch.float64)
+    return equal_say(group.width, [(reader.covered, reader.scores_BC.mean(0)) for reader in readers])
 
 
 def kept_overlaps(group: ChannelGroup, readers: Sequence[ReaderScores], rule: StoppingRule) -> dict[int, float]:
@@ -87,7 +93,9 @@ def kept_overlaps(group: ChannelGroup, readers: Sequence[ReaderScores], rule: St
     if images == 0:
         return dict.fromkeys(rule.watched(group), 0.0)
     counts_RB = _draws(rule.resamples, images, rule.seed)
-    resampled_RC = _combined(group, [(reader.covered, counts_RB @ reader.scores_BC / images) for reader in readers])
+    resampled_RC = equal_say(
+        group.width, [(reader.covered, counts_RB @ reader.scores_BC / images) for reader in readers]
+    )
     order_RA = _ranked(group, resampled_RC)
     order_A = _ranked(group, group_scores(group, readers)[None])[0]
     atom = len(group.atoms[0])
@@ -103,23 +111,6 @@ def _draws(resamples: int, images: int, seed: int) -> Tensor:
     draws_RB = torch.randint(images, (resamples, images), generator=torch.Generator().manual_seed(seed))
     counts_RB = torch.zeros(resamples, images, dtype=torch.float64)
     return counts_RB.scatter_add_(1, draws_RB, torch.ones_like(draws_RB, dtype=torch.float64))
-
-
-def _combined(group: ChannelGroup, means: Sequence[tuple[Sequence[int], Tensor]]) -> Tensor:
-    """Per consumer: divided by the mean over its channels; then averaged over the consumers of each channel.
-
-    Shapes: (R, C') each -> (R, C).
-    """
-    place = {channel: n for n, channel in enumerate(group.channels)}
-    rows = means[0][1].shape[0] if means else 1
-    total_RC = torch.zeros(rows, group.width, dtype=torch.float64)
-    count_C = torch.zeros(group.width, dtype=torch.float64)
-    for covered, mean_RC in means:
-        index = torch.tensor([place[channel] for channel in covered])
-        average_R1 = mean_RC.mean(1, keepdim=True)
-        total_RC[:, index] += mean_RC / torch.where(average_R1 > 0, average_R1, 1.0)
-        count_C[index] += 1
-    return total_RC / count_C.clamp(min=1)
 
 
 def _ranked(group: ChannelGroup, scores_RC: Tensor) -> Tensor:

@@ -317,9 +317,9 @@ class _Turns:
                     open_sessions.enter_context(side.opened())
                 self.opened.append(self.pairs)
                 self._take_turns((opening + 1) / self.openings, progress)
-                self._go_round()
                 if look is not None:
                     look()
+                self._go_round()
 
     def laps(self) -> Laps:
         """Every lap so far."""

@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
+from ..chip.criteria import CRITERIA
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -77,7 +79,9 @@ Data = Annotated[
     str | None,
     typer.Option(metavar="NAME", help="digits, imagefolder:DIR, cifar10[:DIR], random:N, package.module:factory, ..."),
 ]
-CriterionName = Annotated[str | None, typer.Option(metavar="NAME", help="What judges the channels: chip.")]
+CriterionName = Annotated[
+    str | None, typer.Option(metavar="NAME", help=f"What judges the channels: {', '.join(CRITERIA)}.")
+]
 Settings = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any recipe key, e.g. tune.epochs=0. Repeatable.")
 ]
@@ -170,8 +174,9 @@ def score(
 ) -> None:
     """Judge every channel, and write the scores to a file; nothing is cut.
 
-    Each group sees images until its kept set is stable: --set score.min_images, max_images, overlap, confidence; or
-    exactly score.images. score.joint=true removes one channel at a time (minutes, not seconds).
+    Where the criterion reads feature maps, each group sees images until its kept set is stable: --set score.min_images,
+    max_images, overlap, confidence; or exactly score.images. Criteria that read only weights look at no image, taylor
+    looks at all of them. score.joint=true removes one channel at a time by chip (minutes, not seconds).
 
     Under `torchrun --no-python --nproc-per-node N chip-deploy score ...` the processes share the images; exit codes are
     torchrun's then.

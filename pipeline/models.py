@@ -1,4 +1,4 @@
-"""Networks by name (our CIFAR nets, torchvision's, timm's, the user's own factory) and their weights."""
+"""Networks by name (ours, torchvision's, timm's, the user's own factory) and their weights."""
 
 import importlib
 import importlib.util
@@ -17,20 +17,16 @@ from typing import Any, Literal
 import safetensors
 import safetensors.torch
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision import models as torchvision_models
 
-from ..chip.shortcut import ChannelMap
+from .cifar_nets import IMAGENET_SIZE, OWN_NETS
 
-# Shape letters: B images, C channels, H W pixels, K classes.
+# Shape letters: B images, K classes.
 
-Layout = Literal["cifar", "torchvision", "timm", "user"]
+Layout = Literal["ours", "torchvision", "timm", "user"]
 
-CIFAR_DEPTHS = {"resnet20": 20, "resnet32": 32, "resnet44": 44, "resnet56": 56, "resnet110": 110}
-CIFAR_NETS = (*CIFAR_DEPTHS, "vgg16_bn_cifar")
-CIFAR_SIZE = 32
-DEFAULT_SIZE = 224
+DEFAULT_SIZE = IMAGENET_SIZE
 
 # torchvision builds these two with auxiliary classifiers for training. Their published weights expect inputs scaled to
 # [-1, 1], which `transform_input` derives from ImageNet-normalised ones; without it those weights lose accuracy in
@@ -52,99 +48,22 @@ class BuiltModel:
     layout: Layout
 
 
-class CifarBlock(nn.Module):
-    """Two 3x3 convolutions and a shortcut that has no parameters."""
-
-    def __init__(self, in_channels: int, out_channels: int, *, stride: int, shortcut: nn.Module) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, stride=stride, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(out_channels)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(out_channels)
-        self.shortcut = shortcut
-
-    def forward(self, x_BCHW: Tensor) -> Tensor:
-        """The block's output, at the stride's resolution."""
-        inner = F.relu(self.bn1(self.conv1(x_BCHW)))
-        return F.relu(self.bn2(self.conv2(inner)) + self.shortcut(x_BCHW))
-
-
-class CifarResNet(nn.Module):
-    """A CIFAR ResNet: a 3x3 stem and three stages of 16, 32 and 64 channels, option-A shortcuts.
-
-    The first block of every stage, stage 1 included, has a ChannelMap as its shortcut: each stage is then a channel
-    group of its own, as the papers' lists need.
-
-    Shapes: (B, 3, H, W) -> (B, K).
-    Source (exact): He et al., Deep residual learning, CVPR 2016, section 4.2; depth = 6n + 2.
-    """
-
-    def __init__(self, depth: int, *, num_classes: int) -> None:
-        super().__init__()
-        blocks = (depth - 2) // 6
-        self.conv1 = nn.Conv2d(3, 16, 3, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(16)
-        self.layer1 = _cifar_stage(16, 16, blocks=blocks, stride=1)
-        self.layer2 = _cifar_stage(16, 32, blocks=blocks, stride=2)
-        self.layer3 = _cifar_stage(32, 64, blocks=blocks, stride=2)
-        self.avgpool = nn.AdaptiveAvgPool2d(1)
-        self.linear = nn.Linear(64, num_classes)
-        _draw_weights(self)
-
-    def forward(self, x_BCHW: Tensor) -> Tensor:
-        """The class scores."""
-        x = F.relu(self.bn1(self.conv1(x_BCHW)))
-        x = self.layer3(self.layer2(self.layer1(x)))
-        return self.linear(torch.flatten(self.avgpool(x), 1))
-
-
-class CifarVgg(nn.Module):
-    """VGG-16 with batch norm for 32x32 images, as the pruning papers cut it: 13 convolutions, a head of two linears.
-
-    Shapes: (B, 3, H, W) -> (B, K).
-    Source (code): the layer widths of CHIP's vgg_16_bn; its published counts come out.
-    """
-
-    _WIDTHS = (64, 64, 0, 128, 128, 0, 256, 256, 256, 0, 512, 512, 512, 0, 512, 512, 512)  # 0 halves the resolution
-
-    def __init__(self, *, num_classes: int) -> None:
-        super().__init__()
-        layers: list[nn.Module] = []
-        channels = 3
-        for width in self._WIDTHS:
-            if width == 0:
-                layers.append(nn.MaxPool2d(2))
-                continue
-            layers += [nn.Conv2d(channels, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU()]
-            channels = width
-        self.features = nn.Sequential(*layers)
-        self.avgpool = nn.AdaptiveAvgPool2d(1)
-        self.classifier = nn.Sequential(
-            nn.Linear(channels, 512), nn.BatchNorm1d(512), nn.ReLU(), nn.Linear(512, num_classes)
-        )
-        _draw_weights(self)
-
-    def forward(self, x_BCHW: Tensor) -> Tensor:
-        """The class scores."""
-        return self.classifier(torch.flatten(self.avgpool(self.features(x_BCHW)), 1))
-
-
 def known_models() -> list[str]:
     """The bare names that `--model` takes, sorted; `timm:NAME` and `package.module:factory` come on top."""
-    return sorted({*CIFAR_NETS, *_torchvision_names()})
+    return sorted({*OWN_NETS, *_torchvision_names()})
 
 
 def input_size(name: str) -> int:
     """The side of the square images that the network of that name is made for, without building it.
 
-    32 for our CIFAR nets, timm's own figure for timm's, 224 for torchvision's; a user's factory may carry an attribute
-    `input_size`, else 224.
+    32 for our CIFAR nets, timm's own figure for timm's, 224 for our other one and torchvision's; a user's factory may
+    carry an attribute `input_size`, else 224.
 
     Raises: ValueError as build_model does for an unknown name.
     """
     match _layout(name):
-        case "cifar":
-            return CIFAR_SIZE
+        case "ours":
+            return OWN_NETS[name].size
         case "torchvision":
             return DEFAULT_SIZE
         case "timm":
@@ -157,7 +76,7 @@ def input_size(name: str) -> int:
 def build_model(name: str, *, num_classes: int | None, seed: int, size: int | None = None) -> BuiltModel:
     """The network of that name with freshly drawn weights, in evaluation mode.
 
-    Bare names are our CIFAR nets' or torchvision's (torchvision's where both have one); `torchvision:NAME` and
+    Bare names are our own nets' or torchvision's (torchvision's where both have one); `torchvision:NAME` and
     `timm:NAME` say it aloud; `package.module:factory` is called with num_classes where it takes that. Without
     num_classes the network keeps its own number of classes. Auxiliary heads are left out. One image of `size` pixels
     (by default input_size(name)) is put through: what cannot run or has no single (B, K) output is refused here.
@@ -263,14 +182,14 @@ def _layout(name: str) -> Layout:
     if name in _torchvision_names():
         return "torchvision"
     _require_known(name, known_models(), name=name)
-    return "cifar"
+    return "ours"
 
 
 def _require_known(bare: str, names: Iterable[str], *, name: str) -> None:
     names = list(names)
     if bare not in names:
         raise ValueError(
-            f"unknown model '{name}'.{nearest(bare, names)} Models: {', '.join(CIFAR_NETS)}, any torchvision "
+            f"unknown model '{name}'.{nearest(bare, names)} Models: {', '.join(OWN_NETS)}, any torchvision "
             "classification network, timm:NAME, or your own package.module:factory."
         )
 
@@ -297,8 +216,8 @@ def _timm(name: str) -> Any:
 def _construct(name: str, layout: Layout, num_classes: int | None) -> nn.Module:
     classes = {} if num_classes is None else {"num_classes": num_classes}
     match layout:
-        case "cifar":
-            return _cifar_net(name, num_classes=num_classes or 10)
+        case "ours":
+            return OWN_NETS[name].build(num_classes)
         case "torchvision":
             bare = _bare(name)
             aux = {"aux_logits": False, "init_weights": False, "transform_input": True} if bare in _AUX_NETS else {}
@@ -313,28 +232,6 @@ def _construct(name: str, layout: Layout, num_classes: int | None) -> nn.Module:
                     f"model '{name}': the factory returned a {type(module).__name__}, not a torch.nn.Module."
                 )
             return module
-
-
-def _cifar_net(name: str, *, num_classes: int) -> nn.Module:
-    if name in CIFAR_DEPTHS:
-        return CifarResNet(CIFAR_DEPTHS[name], num_classes=num_classes)
-    return CifarVgg(num_classes=num_classes)
-
-
-def _cifar_stage(in_channels: int, out_channels: int, *, blocks: int, stride: int) -> nn.Sequential:
-    first = CifarBlock(
-        in_channels, out_channels, stride=stride, shortcut=ChannelMap(in_channels, out_channels, stride=stride)
-    )
-    rest = [CifarBlock(out_channels, out_channels, stride=1, shortcut=nn.Identity()) for _ in range(blocks - 1)]
-    return nn.Sequential(first, *rest)
-
-
-def _draw_weights(module: nn.Module) -> None:
-    for layer in module.modules():
-        if isinstance(layer, (nn.Conv2d, nn.Linear)):
-            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
-            if layer.bias is not None:
-                nn.init.zeros_(layer.bias)
 
 
 @torch.no_grad()

@@ -22,6 +22,11 @@ BUDGETS = ("macs", "params", "ratio")
 
 DEVICES = ("auto", "cpu", "cuda")
 
+ALLOCATIONS = ("uniform", "list", "global", "isomorphic", "interaction")
+"""As in `chip.allocate`, which only a machine with torch can import."""
+
+RECOVERIES = ("interactions",)
+
 FUNCTION = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 
 
@@ -84,6 +89,15 @@ class ScoreSection(_Section):
         return name
 
     @model_validator(mode="after")
+    def _joint_is_by_chip(self) -> ScoreSection:
+        if self.joint and self.criterion != "chip":
+            raise ValueError(
+                f"joint = true lets channels leave one at a time by 'chip', and criterion is '{self.criterion}'. Set "
+                'joint = false, or criterion = "chip"'
+            )
+        return self
+
+    @model_validator(mode="after")
     def _min_below_max(self) -> ScoreSection:
         if self.min_images > self.max_images:
             raise ValueError(
@@ -93,15 +107,21 @@ class ScoreSection(_Section):
 
 
 class PruneSection(_Section):
-    """How much to cut: one budget, and the widths that the cut may leave.
+    """How much to cut, and where: one budget, its allocation to the groups, and the widths that the cut may leave.
 
-    Unit: `macs` and `params` are fractions kept; `ratio` and `layer_ratios` are fractions of channels removed.
+    `allocation`: uniform takes the same share of every group; global, isomorphic and interaction go by what the
+    criterion found; list is what `layer_ratios` says. No group loses more than `max_ratio` of its channels: where it is
+    not given, 0.9 if the allocation goes by scores, else all that `min_width` allows.
+    Unit: `macs` and `params` are fractions kept; `ratio`, `layer_ratios` and `max_ratio` are fractions of channels
+    removed, `ratio` of every group or, where the allocation goes by scores, of all of them together.
     """
 
     macs: float | None = None
     params: float | None = None
     ratio: float | None = None
     layer_ratios: dict[str, float] = Field(default_factory=dict)
+    allocation: str = "uniform"
+    max_ratio: float | None = Field(default=None, gt=0, le=1)
     round_to: int | None = Field(default=None, ge=1)
     min_width: int = Field(default=8, ge=1)
 
@@ -110,6 +130,21 @@ class PruneSection(_Section):
         """The names of the budgets that are set: exactly one in a recipe that can be pruned by."""
         numbers = tuple(name for name in BUDGETS if getattr(self, name) is not None)
         return (*numbers, "layer_ratios") if self.layer_ratios else numbers
+
+    @model_validator(mode="before")
+    @classmethod
+    def _ratios_are_a_list(cls, given: Any) -> Any:
+        if isinstance(given, dict) and given.get("layer_ratios") and "allocation" not in given:
+            return {**given, "allocation": "list"}
+        return given
+
+    @field_validator("allocation")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        if name not in ALLOCATIONS:
+            near = _did_you_mean(name, ALLOCATIONS)
+            raise ValueError(f"unknown allocation '{name}'.{near} {_available(ALLOCATIONS)}")
+        return name
 
     @field_validator("macs", "params", mode="before")
     @classmethod
@@ -140,6 +175,20 @@ class PruneSection(_Section):
             raise ValueError(f"{len(self.budgets)} budgets at once, {names}; exactly one is expected. Keep one of them")
         return self
 
+    @model_validator(mode="after")
+    def _ratios_for_a_list(self) -> PruneSection:
+        if self.allocation == "list" and not self.layer_ratios:
+            raise ValueError(
+                "prune.allocation = 'list' cuts what prune.layer_ratios says of each layer, and it says nothing. Give "
+                "ratios, or another allocation"
+            )
+        if self.layer_ratios and self.allocation != "list":
+            raise ValueError(
+                f"prune.allocation = '{self.allocation}' shares out one budget, and prune.layer_ratios gives every "
+                "layer its own. Keep one of them"
+            )
+        return self
+
 
 class TrainSettings(_Section):
     """How a network is trained: SGD, a linear warm-up, then a cosine to zero.
@@ -168,10 +217,26 @@ class TrainSettings(_Section):
 
 
 class TuneSection(TrainSettings):
-    """How the pruned network is brought back: BN recalibration, then training, ours or the user's own function."""
+    """How the pruned network is brought back: BN recalibration, recovery if asked, then training.
+
+    `recover = "interactions"`: `recover_steps` steps of Adam from the rate `recover_lr` on `recover_images`, `batch`
+    rows in a pass, so that the channels that are left act together as they did before. `train`: the user's own function
+    in place of ours.
+    """
 
     recalibrate_images: int = Field(default=1024, ge=0)
+    recover: str | None = None
+    recover_images: int = Field(default=256, ge=1)
+    recover_steps: int = Field(default=40, ge=1)
+    recover_lr: float = Field(default=1e-3, gt=0)
     train: str | None = None
+
+    @field_validator("recover")
+    @classmethod
+    def _can_recover(cls, way: str | None) -> str | None:
+        if way is not None and way not in RECOVERIES:
+            raise ValueError(f"unknown recovery '{way}'.{_did_you_mean(way, RECOVERIES)} {_available(RECOVERIES)}")
+        return way
 
     @field_validator("train")
     @classmethod
@@ -267,6 +332,8 @@ def load_recipe(
     if _has_budget(asked):
         for name in (*BUDGETS, "layer_ratios"):
             written.get("prune", {}).pop(name, None)
+        if "layer_ratios" in asked["prune"] or written.get("prune", {}).get("allocation") == "list":
+            written.get("prune", {}).pop("allocation", None)  # it went with the other budget
     try:
         recipe = Recipe.model_validate(_merged(written, asked))
     except ValidationError as err:

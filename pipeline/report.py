@@ -63,6 +63,8 @@ class Accuracy(_Part):
     """Right after the cut."""
     recalibrated: Fraction | None = None
     """After the BatchNorm statistics were taken anew."""
+    recovered: Fraction | None = None
+    """After the recovery on a few images, where one was asked for."""
     tuned: Fraction | None = None
     onnx: Fraction | None = None
 

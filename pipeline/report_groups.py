@@ -31,8 +31,12 @@ class GroupView(NamedTuple):
 
 
 class StabilityView(NamedTuple):
-    """The groups whose scores were tested for stability: those to read first, the others, and a summary."""
+    """The groups that images were looked at for: those to read first, the others, and a summary.
 
+    judged: whether the stability of any kept set was.
+    """
+
+    judged: bool
     summary: str
     first: list[GroupView]
     rest: list[GroupView]
@@ -49,13 +53,16 @@ def group_views(groups: Sequence[GroupReport]) -> list[GroupView]:
 
 def stability_view(views: Sequence[GroupView]) -> StabilityView | None:
     """How settled the scores are, the least stable groups first where there are many; None where nothing is known."""
-    known = [view for view in views if view.images or view.stability or view.settled or view.score_time]
+    known = [view for view in views if view.images or view.stability or view.settled]
     if not known:
         return None
     first = known if len(known) <= MOST_GROUPS else sorted(known, key=_stability)[:LEAST_STABLE]
     numbers = {view.number for view in first}
     return StabilityView(
-        summary=_summary(known), first=list(first), rest=[view for view in known if view.number not in numbers]
+        judged=any(view.stability for view in known),
+        summary=_summary(known),
+        first=list(first),
+        rest=[view for view in known if view.number not in numbers],
     )
 
 

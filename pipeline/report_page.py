@@ -216,7 +216,7 @@ def _accuracy_row(report: Report) -> Row:
     accuracy = report.accuracy
     if not accuracy.n:
         return Row("Accuracy", ("none", "none", "no labels"))
-    stages = (accuracy.onnx, accuracy.tuned, accuracy.recalibrated, accuracy.pruned)
+    stages = (accuracy.onnx, accuracy.tuned, accuracy.recovered, accuracy.recalibrated, accuracy.pruned)
     last = next((value for value in stages if value is not None), None)
     texts = _top1(accuracy.dense, accuracy.n), _top1(last, accuracy.n), _drop(accuracy.dense, last, accuracy.n)
     return Row("Accuracy", texts)
@@ -337,6 +337,7 @@ def _stages(report: Report) -> Iterator[Stage]:
     later = [
         ("Pruned, right after the cut", accuracy.pruned),
         ("Recalibrated", accuracy.recalibrated),
+        *([("Recovered", accuracy.recovered)] if accuracy.recovered is not None else []),
         ("Tuned", accuracy.tuned),
         ("ONNX", accuracy.onnx),
         *((f"Engine {engine_name(engine)}", engine.accuracy) for engine in report.engines),

@@ -21,13 +21,15 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from .. import __version__
-from ..chip.allocate import Budget, Rules, kept_channels, listed_widths, uniform_widths
+from ..chip.allocate import Budget, Rules, allocate, kept_channels, listed_widths, require_reachable
 from ..chip.cost import Cost, CostModel, paper_flops, removed_at
 from ..chip.criteria import make_criterion
-from ..chip.evidence import Scored, joint_groups, score_groups
-from ..chip.groups import CannotCut, ChannelGraph
+from ..chip.criterion import Criterion, Grade, RunCriterion
+from ..chip.evidence import RUN_IMAGES, joint_groups, judged_groups, score_all
+from ..chip.groups import CannotCut, ChannelGraph, ChannelGroup
+from ..chip.image_pass import Batch
 from ..chip.plan import PrunePlan, make_plan, weights_digest
-from ..chip.scores import ChannelScores
+from ..chip.scores import ChannelScores, Scored
 from ..chip.shards import Shards, joined, processes
 from ..chip.stability import StoppingRule
 from ..chip.surgery import SurgeryRefused, apply_plan, prove
@@ -55,12 +57,21 @@ from .display import Display
 from .journal import Journal, StageResult, digest_of
 from .models import BuiltModel, build_model, import_object, load_weights
 from .recipe import Recipe, recipe_digest, recipe_toml
+from .recover import RecoverRecord, RecoverSettings, recover
 from .tune import TrainRecord, evaluate, predict, recalibrate, train
 
 JOINT_IMAGES = 64  # where the recipe names no number: the joint mode holds the maps of all of them at once
 SMALL_SET = 20_000  # a data set with at most so many training images may train its own dense model
 GOLDEN_IMAGES = 8
 ALARM = 0.02  # a loss of accuracy above two points is said aloud
+BY_SCORES = ("global", "isomorphic", "interaction")
+"""Allocations whose widths are known only when the channels have been scored."""
+MOST_REMOVED = 0.9  # of a group where one ranking of all channels might otherwise empty it; no other allocation can
+GRADES: dict[Grade, str] = {
+    "code": "follows the code of its authors",
+    "after the abstract": "is built after the abstract of its paper, and the rest is this project's choice",
+    "baseline": "is a baseline that the papers compare with",
+}
 RECIPE_FILE = "recipe.toml"
 BUNDLE_FILES = (
     RECIPE_FILE,
@@ -112,17 +123,22 @@ class CutPreview:
 
 @dataclass
 class Prepared:
-    """Everything that can be known, and refused, before any work starts."""
+    """Everything that can be known, and refused, before any work starts.
+
+    criteria: the one that scores the channels, and where the allocation goes by another one's strengths, that one too.
+    widths: how many channels each group keeps; None where the scores will decide.
+    """
 
     recipe: Recipe
     targets: list[Target]
     built: BuiltModel
     data: DataSet
     example: Tensor
-    graph: ChannelGraph
+    criteria: list[Criterion]
+    groups: list[ChannelGroup]
     cost: CostModel
     rules: Rules
-    widths: dict[str, int]
+    widths: dict[str, int] | None
     score_images: Images
     test: Images
     network: str
@@ -171,9 +187,10 @@ def prune(recipe: Recipe, out: Path, *, resume: bool, display: Display, command:
 
 
 def dry_run(recipe: Recipe, display: Display) -> CutPreview:
-    """What the recipe would cut, from the network's structure alone; writes nothing, trains nothing."""
+    """What the recipe would cut; writes nothing, trains nothing, scores only where the widths follow from scores."""
     ready = _prepare(recipe, display)
-    removed = removed_at(ready.graph.groups, ready.widths)
+    widths = ready.widths if ready.widths is not None else _widths_by_scores(ready, _preview_scores(ready, display))
+    removed = removed_at(ready.groups, widths)
     after = ready.cost.after(removed)
     macs = [ready.cost.layer_macs(gone) for gone in ({}, removed)]
     rows = [
@@ -181,11 +198,11 @@ def dry_run(recipe: Recipe, display: Display) -> CutPreview:
             group.layer,
             len(group.coupled),
             group.width,
-            ready.widths[group.layer],
+            widths[group.layer],
             *(round(sum(of.get(layer, 0) for layer in (group.layer, *group.coupled))) for of in macs),
         )
-        for group in ready.graph.groups
-        if group.layer in ready.widths
+        for group in ready.groups
+        if group.layer in widths
     ]
     dense: Cost = ready.cost.dense
     return CutPreview(rows, dense.macs, after.macs, dense.params, after.params)
@@ -263,6 +280,10 @@ def _prepare(recipe: Recipe, display: Display, *, needs_cut: bool = True) -> Pre
         _require_score_file(Path(recipe.score.file))
     size = recipe.data.size or default_size(recipe.model.name, recipe.data.name)
     data = open_data(recipe.data.name, size=size, seed=recipe.seed, progress=display.progress)
+    criteria = _criteria(recipe)
+    if recipe.score.file is None:
+        _score_device(recipe)
+    _require_labels(recipe, criteria, data)
     built = _build(recipe, data)
     _require_weights(recipe, data)
     if needs_cut:
@@ -271,16 +292,18 @@ def _prepare(recipe: Recipe, display: Display, *, needs_cut: bool = True) -> Pre
     if recipe.model.weights is not None:
         load_weights(built.module, recipe.model.weights)
     example = normalise(data.test.read(torch.arange(1)))
-    graph, cost = ChannelGraph(built.module, example), CostModel(built.module, example)
+    cost = CostModel(built.module, example)
+    groups = judged_groups(built.module, ChannelGraph(built.module, example).groups, criteria, cost=cost)
     rules = _rules(recipe, targets)
-    widths = _widths(recipe, graph, cost, rules) if needs_cut else {}
+    widths = _early_widths(recipe, groups, cost, rules) if needs_cut else {}
     ready = Prepared(
         recipe,
         targets,
         built,
         data,
         example,
-        graph,
+        criteria,
+        groups,
         cost,
         rules,
         widths,
@@ -292,8 +315,7 @@ def _prepare(recipe: Recipe, display: Display, *, needs_cut: bool = True) -> Pre
         _read_scores(ready, check_weights=not ready.trains_dense)
     if needs_cut:
         display.progress(0.8, "proving that this network can be cut")
-        ramp = [-float(channel) for channel in range(max(group.width for group in graph.groups))]
-        trial = _plan(ready, dict.fromkeys(widths, ramp))
+        trial = _trial_plan(ready)
         apply_plan(built.module, trial, example)
         prove(built.module, trial, example, seed=recipe.seed)
     return ready
@@ -333,18 +355,94 @@ def _require_weights(recipe: Recipe, data: DataSet) -> None:
 
 def _rules(recipe: Recipe, targets: list[Target]) -> Rules:
     steps = [width_step(target.spec, precision) for target in targets for precision in recipe.export.precision]
-    return Rules(recipe.prune.round_to or max(steps, default=1), recipe.prune.min_width)
-
-
-def _widths(recipe: Recipe, graph: ChannelGraph, cost: CostModel, rules: Rules) -> dict[str, int]:
     asked = recipe.prune
-    if asked.layer_ratios:
-        return listed_widths(graph.groups, asked.layer_ratios, rules)
+    most_removed = asked.max_ratio or (MOST_REMOVED if asked.allocation in BY_SCORES else 1.0)
+    return Rules(asked.round_to or max(steps, default=1), asked.min_width, most_removed)
+
+
+def _criteria(recipe: Recipe) -> list[Criterion]:
+    found = [make_criterion(recipe.score.criterion, seed=recipe.seed)]
+    if recipe.prune.allocation == "interaction" and not isinstance(found[0], RunCriterion):
+        found.append(make_criterion("interactions", seed=recipe.seed))
+    return found
+
+
+def _require_labels(recipe: Recipe, criteria: Sequence[Criterion], data: DataSet) -> None:
+    """Raises: ValueError where the images have no labels, and a criterion or the recovery needs them."""
+    if data.has_accuracy:
+        return
+    if recipe.tune.recover:
+        raise ValueError(
+            f"tune.recover = '{recipe.tune.recover}' needs labels, and the images of '{recipe.data.name}' have none. "
+            "Give labelled --data, or leave it out."
+        )
+    if recipe.score.file is not None:
+        return
+    for criterion in criteria:
+        if criterion.needs & {"labels", "gradients", "masked runs"}:
+            asked = (
+                "" if criterion is criteria[0] else f", which prune.allocation = '{recipe.prune.allocation}' goes by,"
+            )
+            other = "criterion" if criterion is criteria[0] else "allocation"
+            raise ValueError(
+                f"criterion '{criterion.name}'{asked} needs labels, and the images of '{recipe.data.name}' have none. "
+                f"Give labelled --data, or choose another {other}."
+            )
+
+
+def _early_widths(
+    recipe: Recipe, groups: Sequence[ChannelGroup], cost: CostModel, rules: Rules
+) -> dict[str, int] | None:
+    """The widths where the recipe and the structure settle them; None, and a budget in reach, where scores will."""
+    if recipe.prune.layer_ratios:
+        return listed_widths(groups, recipe.prune.layer_ratios, rules)
+    way = recipe.prune.allocation
+    if way in BY_SCORES:
+        require_reachable(groups, cost, _budget(recipe), rules, way=way)
+        return None
+    return allocate(groups, cost, _budget(recipe), rules, way=way)
+
+
+def _widths_by_scores(ready: Prepared, found: ChannelScores) -> dict[str, int]:
+    return allocate(
+        ready.groups,
+        ready.cost,
+        _budget(ready.recipe),
+        ready.rules,
+        way=ready.recipe.prune.allocation,
+        scores={layer: vector.tolist() for layer, vector in found.scores.items()},
+        strengths=found.strengths,
+    )
+
+
+def _budget(recipe: Recipe) -> Budget:
     for kind in ("macs", "params", "ratio"):
-        value = getattr(asked, kind)
+        value = getattr(recipe.prune, kind)
         if value is not None:
-            return uniform_widths(graph.groups, cost, Budget(kind, value), rules)
+            return Budget(kind, value)
     raise AssertionError("the recipe has a budget")
+
+
+def _trial_plan(ready: Prepared) -> PrunePlan:
+    """A plan for proving that the network can be cut: at the widths that are known, or those of channels all alike."""
+    free = {group.layer: group.width for group in ready.groups if group.protected is None}
+    alike = {layer: torch.zeros(width, dtype=torch.float64) for layer, width in free.items()}
+    no_scores = ChannelScores(alike, "", 0, "", strengths=dict.fromkeys(free, 1.0))
+    widths = ready.widths if ready.widths is not None else _widths_by_scores(ready, no_scores)
+    return _plan(ready, widths, {layer: [-float(channel) for channel in range(free[layer])] for layer in widths})
+
+
+def _preview_scores(ready: Prepared, display: Display) -> ChannelScores:
+    """The scores that a dry run's widths follow from. Raises: ValueError where a network has to be trained first."""
+    if ready.recipe.score.file is not None:
+        return _read_scores(ready, check_weights=not ready.trains_dense)
+    if ready.trains_dense and not _filled_from(_cached_dense(ready), ready.built.module):
+        raise ValueError(
+            f"with prune.allocation = '{ready.recipe.prune.allocation}' the widths follow from the scores of a trained "
+            "network, and a dry run trains none. Give trained --weights, or --scores, or run without --dry-run."
+        )
+    display.stage("score")
+    return _scored(ready, display, Shards())
 
 
 def _sampled(images: Images, n: int | None, seed: int, what: str, *, otherwise: int) -> Images:
@@ -535,6 +633,7 @@ def _score_stage(ready: Prepared, journal: Journal, dense: StageResult) -> Stage
         "dense": dense.digest,
         "score": asked.model_dump(),
         "file": sha256_file(Path(asked.file)) if asked.file is not None else None,
+        "criteria": [criterion.name for criterion in ready.criteria],
         "widths": ready.widths,
         "data": ready.data.digest,
         "seed": recipe.seed,
@@ -543,38 +642,61 @@ def _score_stage(ready: Prepared, journal: Journal, dense: StageResult) -> Stage
 
 
 def _scored(ready: Prepared, display: Display, shards: Shards) -> ChannelScores:
-    """The scores by the recipe's criterion, on images in an order of their own, on the device that the recipe names."""
-    recipe, images, model = ready.recipe, ready.score_images, ready.built.module
+    """The scores by the recipe's criterion, and the strengths where its allocation goes by them.
+
+    On images in an order of their own, on the device that the recipe names.
+    """
+    recipe, model = ready.recipe, ready.built.module
     device = _score_device(recipe)
-    order = shuffled(len(images), recipe.seed, "score order").split(recipe.score.batch)
     model.to(device)
     try:
-        if recipe.score.joint:
-            batches = [normalise(images.read(indices)).to(device) for indices in order]
-            groups = len([group for group in ready.graph.groups if group.protected is None])
-            scored = joint_groups(
-                model,
-                ready.graph.groups,
-                batches,
-                progress=lambda n: display.progress(n / groups, f"{n} of {groups} groups"),
-            )
-        else:
-            scored = score_groups(
-                model,
-                ready.graph.groups,
-                make_criterion(recipe.score.criterion),
-                (normalise(images.read(indices)).to(device) for indices in shards.own(order)),
-                stopping=_stopping(ready),
-                shards=shards,
-                progress=lambda n: display.progress(n / len(images), f"{n} of at most {len(images)} images"),
-            )
+        criteria = ready.criteria[1:] if recipe.score.joint else ready.criteria
+        found = _scored_by(ready, criteria, display, shards, device) if criteria else {}
+        joint = _scored_jointly(ready, display, device) if recipe.score.joint else None
     finally:
         model.to("cpu")
-    return _as_channel_scores(scored, recipe.score.label, model)
+    scored = joint or found[recipe.score.criterion]
+    strengths = next((of.strengths for of in found.values() if of.strengths), {})
+    images = max(of.images for of in (scored, *found.values()))
+    digest = weights_digest(model)
+    return ChannelScores(scored.scores, recipe.score.label, images, digest, scored.layers, strengths)
 
 
-def _as_channel_scores(scored: Scored, label: str, model: nn.Module) -> ChannelScores:
-    return ChannelScores(scored.scores, label, scored.images, weights_digest(model), scored.layers)
+def _scored_by(
+    ready: Prepared, criteria: Sequence[Criterion], display: Display, shards: Shards, device: torch.device
+) -> dict[str, Scored]:
+    images, labelled = ready.score_images, ready.data.has_accuracy
+    return score_all(
+        ready.built.module,
+        ready.groups,
+        criteria,
+        (
+            Batch(normalise(images.read(indices)).to(device), images.labels[indices] if labelled else None)
+            for indices in shards.own(_score_order(ready))
+        ),
+        cost=ready.cost,
+        stopping=_stopping(ready),
+        run_images=ready.recipe.score.images or RUN_IMAGES,
+        shards=shards,
+        progress=lambda n: display.progress(n / len(images), f"{n} of at most {len(images)} images"),
+        run_progress=lambda part, layer: display.progress(part, f"masked runs of {layer}"),
+    )
+
+
+def _scored_jointly(ready: Prepared, display: Display, device: torch.device) -> Scored:
+    groups = len([group for group in ready.groups if group.protected is None])
+    return joint_groups(
+        ready.built.module,
+        ready.groups,
+        [normalise(ready.score_images.read(indices)).to(device) for indices in _score_order(ready)],
+        progress=lambda n: display.progress(n / groups, f"{n} of {groups} groups"),
+    )
+
+
+def _score_order(ready: Prepared) -> Sequence[Tensor]:
+    """The numbers of the score images, batch by batch."""
+    recipe = ready.recipe
+    return shuffled(len(ready.score_images), recipe.seed, "score order").split(recipe.score.batch)
 
 
 def _score_device(recipe: Recipe) -> torch.device:
@@ -589,7 +711,7 @@ def _stopping(ready: Prepared) -> StoppingRule:
     """The rule of the recipe at the planned widths; a fixed number of images is a rule that stops there."""
     asked, images = ready.recipe.score, len(ready.score_images)
     return StoppingRule(
-        widths={layer: width for layer, width in ready.widths.items() if width < _width(ready, layer)},
+        widths={layer: width for layer, width in (ready.widths or {}).items() if width < _width(ready, layer)},
         overlap=asked.overlap,
         confidence=asked.confidence,
         least=images if asked.images is not None else min(asked.min_images, images),
@@ -599,7 +721,7 @@ def _stopping(ready: Prepared) -> StoppingRule:
 
 
 def _width(ready: Prepared, layer: str) -> int:
-    return next(group.width for group in ready.graph.groups if group.layer == layer)
+    return next(group.width for group in ready.groups if group.layer == layer)
 
 
 def _most_images(recipe: Recipe) -> int:
@@ -618,8 +740,20 @@ def _read_scores(ready: Prepared, *, check_weights: bool) -> ChannelScores:
     path = Path(str(ready.recipe.score.file))
     _require_score_file(path)
     found = ChannelScores.from_file(str(path))
-    expected = {group.layer: group.width for group in ready.graph.groups if group.protected is None}
+    expected = {group.layer: group.width for group in ready.groups if group.protected is None}
     held = {layer: len(vector) for layer, vector in found.scores.items()}
+    asked = ready.recipe.score
+    if found.criterion != asked.label:
+        name = found.criterion.removesuffix(" joint")
+        same = (
+            f"Set score.joint={str(found.criterion != name).lower()}"
+            if name == asked.criterion
+            else f"Give --criterion {name}"
+        )
+        raise ValueError(
+            f"{path} holds scores by '{found.criterion}', and the recipe asks for '{asked.label}'. {same}, or score "
+            "the model anew."
+        )
     again = f"Score this model with `chip-deploy score --out {path}`."
     if held != expected:
         layer = min(layer for layer in {**held, **expected} if held.get(layer) != expected.get(layer))
@@ -629,10 +763,11 @@ def _read_scores(ready: Prepared, *, check_weights: bool) -> ChannelScores:
         )
     if check_weights and found.weights_sha256 != weights_digest(ready.built.module):
         raise ValueError(f"{path} holds the scores of another model: the same network with other weights. {again}")
-    if found.criterion != ready.recipe.score.label:
+    if ready.recipe.prune.allocation == "interaction" and set(found.strengths) != set(found.scores):
         raise ValueError(
-            f"{path} holds scores by '{found.criterion}', and the recipe asks for '{ready.recipe.score.label}'. Set "
-            f"score.joint={str(found.criterion.endswith(' joint')).lower()}, or score the model anew."
+            f"{path} does not say how strongly the channels of each group act together, and prune.allocation = "
+            "'interaction' goes by that. Score with `chip-deploy score --criterion "
+            f"{asked.criterion} --set prune.allocation=interaction --out {path}`."
         )
     return found
 
@@ -642,8 +777,9 @@ def _plan_stage(ready: Prepared, journal: Journal, dense: StageResult, scores: S
     recipe = ready.recipe
 
     def make(folder: Path) -> Mapping[str, Any]:
-        found = ChannelScores.from_file(str(scores.file("scores.safetensors"))).scores
-        plan = _plan(ready, {layer: vector.tolist() for layer, vector in found.items()})
+        found = ChannelScores.from_file(str(scores.file("scores.safetensors")))
+        widths = ready.widths if ready.widths is not None else _widths_by_scores(ready, found)
+        plan = _plan(ready, widths, {layer: vector.tolist() for layer, vector in found.scores.items()})
         write_atomic(folder / "plan.json", (plan.model_dump_json(by_alias=True, indent=2) + "\n").encode())
         return {}
 
@@ -676,7 +812,7 @@ def _cut_stage(ready: Prepared, journal: Journal, dense: StageResult, plan: Stag
 def _tune_stage(
     ready: Prepared, journal: Journal, dense: StageResult, plan: StageResult, cut: StageResult
 ) -> StageResult:
-    """Batch-norm statistics measured again, then fine-tuning."""
+    """Batch-norm statistics measured again, recovery on a few images where it is asked for, then fine-tuning."""
     recipe, data = ready.recipe, ready.data
 
     def make(folder: Path) -> Mapping[str, Any]:
@@ -685,12 +821,21 @@ def _tune_stage(
         progress = journal.display.progress
         recalibrate(model, data.train, n=n, batch=recipe.tune.batch, seed=recipe.seed, progress=progress)
         recalibrated = _accuracy(model, ready, journal)
+        recovery = _recovered(model, ready, plan, journal) if recipe.tune.recover else None
+        recovered = _accuracy(model, ready, journal) if recovery else None
         teacher = ready.built.module if recipe.tune.distill > 0 else None
         work = journal.work / "tune.epochs"
         record = train(model, data, recipe.tune, seed=recipe.seed, work=work, teacher=teacher, progress=progress)
-        tuned = _accuracy(model, ready, journal) if recipe.tune.epochs else recalibrated
+        untrained = recovered if recovery else recalibrated
+        tuned = _accuracy(model, ready, journal) if recipe.tune.epochs else untrained
         write_atomic(folder / "model.safetensors", save(_tensors(model)))
-        return {"recalibrated": recalibrated, "accuracy": tuned, "training": _plain(record)}
+        return {
+            "recalibrated": recalibrated,
+            "recovered": recovered,
+            "recovery": recovery.model_dump() if recovery else None,
+            "accuracy": tuned,
+            "training": _plain(record),
+        }
 
     inputs = {
         "cut": cut.digest,
@@ -703,6 +848,29 @@ def _tune_stage(
     result = journal.stage("tune", inputs, make)
     shutil.rmtree(journal.work / "tune.epochs", ignore_errors=True)
     return result
+
+
+def _recovered(model: nn.Module, ready: Prepared, plan: StageResult, journal: Journal) -> RecoverRecord:
+    """The pruned network is taught in place to act together as the dense one does, on images of its own drawing."""
+    asked, train_set = ready.recipe.tune, ready.data.train
+    images = train_set.sample(
+        min(asked.recover_images, len(train_set)), seed=ready.recipe.seed, what="tune.recover_images"
+    )
+    return recover(
+        model,
+        ready.built.module,
+        _read_plan(plan),
+        normalise(images.read(torch.arange(len(images)))),
+        images.labels,
+        settings=RecoverSettings(
+            steps=asked.recover_steps,
+            lr=asked.recover_lr,
+            images=len(images),
+            batch=asked.batch,
+            seed=ready.recipe.seed,
+        ),
+        progress=journal.display.progress,
+    )
 
 
 def _export_stage(
@@ -865,6 +1033,7 @@ def _report(
         "dense": facts["dense"]["accuracy"],
         "pruned": facts["cut"]["accuracy"],
         "recalibrated": facts["tune"]["recalibrated"],
+        "recovered": facts["tune"]["recovered"],
         "tuned": facts["tune"]["accuracy"],
         "onnx": facts["agree"]["accuracy"],
     }
@@ -875,7 +1044,7 @@ def _report(
         model=recipe.model.name,
         data=recipe.data.name,
         criterion=facts["score"]["criterion"],
-        budget=_budget_sentence(recipe, ready.rules),
+        budget=_budget_sentence(ready),
         input_shape=plan.input_shape,
         classes=ready.built.num_classes,
         accuracy=accuracy,
@@ -890,7 +1059,7 @@ def _report(
         agreement=Agreement.model_validate(facts["agree"]["agreement"]),
         engines=[reports.EngineRow.model_validate(row) for row in facts["measure"]["engines"]],
         groups=_group_reports(ready, stages, plan),
-        score_images=facts["score"]["images"],
+        score_images=facts["score"]["images"] or None,
         dense_training=_curve(facts["dense"]["training"]),
         tuning=_curve(facts["tune"]["training"]),
         stages_s=journal.seconds,
@@ -917,7 +1086,7 @@ def _group_reports(ready: Prepared, stages: Mapping[str, StageResult], plan: Pru
                 width_after=cut.width_after,
                 scores=scored.scores[cut.layer].tolist(),
                 kept=[place[channel] for channel in cut.kept],
-                images=rests_on.images if rests_on else None,
+                images=(rests_on.images or None) if rests_on else None,
                 stability=rests_on.stability if rests_on else None,
                 settled=rests_on.settled if rests_on and rests_on.stability is not None else None,
                 score_seconds=seconds.get(cut.layer),
@@ -928,7 +1097,7 @@ def _group_reports(ready: Prepared, stages: Mapping[str, StageResult], plan: Pru
 
 def _notes(ready: Prepared, facts: Mapping[str, Mapping[str, Any]], plan: PrunePlan) -> list[str]:
     flops = facts["cut"]["paper_flops"]
-    protected = [f"{group.layer} ({group.protected})" for group in ready.graph.groups if group.protected]
+    protected = [f"{group.layer} ({group.protected})" for group in ready.groups if group.protected]
     return [
         *facts["dense"]["notes"],
         (
@@ -939,10 +1108,35 @@ def _notes(ready: Prepared, facts: Mapping[str, Mapping[str, Any]], plan: PruneP
             f"MACs fall by {1 - plan.macs_after / plan.macs_before:.2%}; counted as CHIP's authors print FLOPs (batch "
             f"norms and convolution biases on the pruned side only), by {1 - flops / plan.macs_before:.2%}."
         ),
+        *_sources(ready),
         f"kept widths are multiples of {plan.round_to} where the dense width allows it, never below {plan.min_width}.",
         *([f"left as they are: {'; '.join(protected)}."] if protected else []),
+        *_recovery_notes(facts["tune"]["recovery"]),
         *((facts["tune"]["training"] or {}).get("notes") or []),
     ]
+
+
+def _sources(ready: Prepared) -> list[str]:
+    """How near what decided about channels is to the paper that it is named after."""
+    recipe, after_the_abstract = ready.recipe, GRADES["after the abstract"]
+    found = [f"the criterion '{recipe.score.criterion}' {GRADES[ready.criteria[0].grade]}."]
+    if recipe.score.joint:
+        found.append("channels left one at a time (score.joint), which is this project's choice.")
+    if recipe.prune.allocation == "interaction":
+        found.append(f"the allocation by interaction {after_the_abstract}.")
+    if recipe.tune.recover:
+        found.append(f"the recovery by interactions {after_the_abstract}.")
+    return found
+
+
+def _recovery_notes(recovery: Mapping[str, Any] | None) -> list[str]:
+    if not recovery or not recovery["steps"]:
+        return []
+    note = (
+        f"recovery took {recovery['steps']} steps on {recovery['images']} images: how channels act together was off "
+        f"by {recovery['gap_before']:.2f} of the dense mean square before, by {recovery['gap_after']:.2f} after."
+    )
+    return [note]
 
 
 def _collapse(accuracy: reports.Accuracy) -> list[str]:
@@ -956,16 +1150,20 @@ def _collapse(accuracy: reports.Accuracy) -> list[str]:
     return [warning]
 
 
-def _budget_sentence(recipe: Recipe, rules: Rules) -> str:
-    asked = recipe.prune
-    rounding = f"widths rounded to {rules.round_to}, no group below {rules.min_width}"
-    if asked.macs is not None:
-        return f"keep at most {asked.macs:.0%} of the MACs; {rounding}"
-    if asked.params is not None:
-        return f"keep at most {asked.params:.0%} of the parameters; {rounding}"
-    if asked.ratio is not None:
-        return f"remove {asked.ratio:.0%} of the channels of every group; {rounding}"
-    return f"ratios given for {len(asked.layer_ratios)} layers; {rounding}"
+def _budget_sentence(ready: Prepared) -> str:
+    asked, rules, criterion = ready.recipe.prune, ready.rules, ready.criteria[0]
+    floor = f"no group below {rules.min_width}"
+    share = f" or {1 - rules.most_removed:.0%} of its channels" if rules.most_removed < 1 else ""
+    named = f"criterion {ready.recipe.score.label} ({criterion.grade})"
+    rest = f"widths rounded to {rules.round_to}, {floor}{share}; {named}"
+    if asked.layer_ratios:
+        return f"ratios given for {len(asked.layer_ratios)} layers; {rest}"
+    budget = _budget(ready.recipe)
+    if budget.kind == "ratio":
+        whose = "all channels" if asked.allocation in BY_SCORES else "the channels of every group"
+        return f"remove {budget.value:.0%} of {whose}, {asked.allocation} allocation; {rest}"
+    counted = "MACs" if budget.kind == "macs" else "parameters"
+    return f"keep at most {budget.value:.0%} of the {counted}, {asked.allocation} allocation; {rest}"
 
 
 def _curve(record: Mapping[str, Any] | None) -> reports.TrainCurve | None:
@@ -981,16 +1179,16 @@ def _engines(ready: Prepared) -> list[tuple[Target, str]]:
     return [(target, precision) for target in ready.targets for precision in ready.recipe.export.precision]
 
 
-def _plan(ready: Prepared, scores: Mapping[str, Sequence[float]]) -> PrunePlan:
+def _plan(ready: Prepared, widths: Mapping[str, int], scores: Mapping[str, Sequence[float]]) -> PrunePlan:
     """The plan that keeps the best channels of every group at its width."""
     kept = {
-        group.layer: kept_channels(group, ready.widths[group.layer], scores[group.layer][: group.width])
-        for group in ready.graph.groups
-        if group.layer in ready.widths
+        group.layer: kept_channels(group, widths[group.layer], scores[group.layer])
+        for group in ready.groups
+        if group.layer in widths
     }
     return make_plan(
         ready.built.module,
-        ready.graph.groups,
+        ready.groups,
         kept,
         cost=ready.cost,
         name=ready.recipe.model.name,

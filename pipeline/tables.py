@@ -55,7 +55,7 @@ def score_table(found: ChannelScores, *, encoding: str = "utf-8") -> Table:
     The bars are shares of the group's best channel; where there are more channels than columns, a bar is the mean of
     neighbours in that order.
     """
-    table = plain_table("layer", "width", "dead", "images", "stable", "settled", "seconds", last="scores, falling")
+    table = plain_table("layer", "width", "zero", "images", "stable", "settled", "seconds", last="scores, falling")
     table.columns[-1].overflow, table.columns[-1].no_wrap = "crop", True
     table.padding = (0, 1, 0, 0)  # every column counts where names are long
     for layer, vector in found.scores.items():
@@ -76,9 +76,13 @@ def score_sentence(found: ChannelScores, asked: ScoreSection) -> str:
     """How many images the scores took, how many groups settled, and what to do about the others."""
     judged = [on for on in found.layers.values() if on.stability is not None]
     unsettled = sum(not on.settled for on in judged)
-    text = f"{len(found.scores)} groups scored by {found.criterion} on at most {found.images} images"
+    on = f"on at most {found.images} images" if found.images else "without any image"
+    text = f"{len(found.scores)} groups scored by {found.criterion} {on}"
+    if not judged and found.images:
+        way = "in joint mode" if asked.joint else "by this criterion"
+        return f"{text}. How stable the kept sets are is not judged {way}."
     if not judged:
-        return f"{text}. How stable the kept sets are is not judged in joint mode."
+        return f"{text}."
     rule = (
         f"A kept set is settled when, in {asked.confidence:.0%} of bootstrap resamples of the images, "
         f"{asked.overlap:.0%} of it or all but one channel stay the same, twice in a row."
@@ -97,13 +101,13 @@ def _stability(on: LayerEvidence | None) -> tuple[str, str]:
 
 
 def _bars(scores: list[float], encoding: str) -> str:
-    """Falling bars, at most BARS of them; plain signs where the terminal's encoding has no blocks."""
+    """Falling bars, at most BARS of them, none below zero; plain signs where the terminal's encoding has no blocks."""
     ranked = sorted(scores, reverse=True)
     count = min(BARS, len(ranked))
     edges = [round(n * len(ranked) / count) for n in range(count + 1)]
-    means = [sum(ranked[a:b]) / (b - a) for a, b in pairwise(edges)]
+    means = [max(sum(ranked[a:b]) / (b - a), 0.0) for a, b in pairwise(edges)]
     signs = _signs(encoding)
-    top = max(means[0], 0.0)
+    top = means[0]
     return "".join(
         signs[min(len(signs) - 1, math.ceil(mean / top * (len(signs) - 1)))] if top else signs[0] for mean in means
     )

@@ -11,13 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import torchvision
 from safetensors.torch import save_file
 from torch import nn
 
+from chip_deploy.pipeline.cifar_nets import OWN_NETS
 from chip_deploy.pipeline.data import open_data
 from chip_deploy.pipeline.models import (
     BuiltModel,
-    CifarResNet,
     build_model,
     import_object,
     input_size,
@@ -60,45 +61,6 @@ def test_published_weights_reach_the_published_accuracy(
     assert abs(100 * accuracy.top1 - published) <= 0.02, "two images may tip over on another CPU"
 
 
-@pytest.mark.parametrize(
-    ("name", "params"),
-    [
-        ("resnet20", 269_722),
-        ("resnet32", 464_154),
-        ("resnet44", 658_586),
-        ("resnet56", 853_018),
-        ("resnet110", 1_727_962),
-    ],
-)
-def test_cifar_resnets_have_the_parameters_that_their_reference_code_counts(name: str, params: int) -> None:
-    assert _params(build_model(name, num_classes=10, seed=0)) == params
-
-
-def test_cifar_vgg_has_the_layers_that_the_papers_cut() -> None:
-    built = build_model("vgg16_bn_cifar", num_classes=10, seed=0)
-    features = built.module.get_submodule("features")
-    hooked = [2, 6, 9, 13, 16, 19, 23, 26, 29, 33, 36, 39]  # CHIP's own indices of ReLUs and pools
-    kinds = [type(features.get_submodule(str(index))).__name__ for index in hooked]
-
-    assert round(_params(built) / 1e6, 2) == 14.99
-    assert [index for index, kind in zip(hooked, kinds, strict=True) if kind == "MaxPool2d"] == [6, 13, 23, 33]
-    assert {kind for kind in kinds if kind != "MaxPool2d"} == {"ReLU"}
-    assert sum(isinstance(layer, nn.Conv2d) for layer in features.modules()) == 13
-    assert [type(layer).__name__ for layer in built.module.get_submodule("classifier").children()] == [
-        "Linear",
-        "BatchNorm1d",
-        "ReLU",
-        "Linear",
-    ]
-
-
-def test_every_cifar_stage_begins_with_a_channel_map_and_only_begins() -> None:
-    net = build_model("resnet32", num_classes=10, seed=0).module
-    assert isinstance(net, CifarResNet)
-    for stage in (net.layer1, net.layer2, net.layer3):
-        assert [type(block.shortcut).__name__ for block in stage.children()] == ["ChannelMap"] + ["Identity"] * 4
-
-
 @pytest.mark.parametrize("name", ["resnet20", "squeezenet1_1"])
 def test_the_same_seed_draws_the_same_weights_and_another_seed_does_not(name: str) -> None:
     first, again, other = (
@@ -127,10 +89,11 @@ def test_built_models_are_in_evaluation_mode_and_say_what_they_are() -> None:
 
 def test_models_keep_their_own_classes_when_none_are_asked_for() -> None:
     assert build_model("resnet20", num_classes=None, seed=0).num_classes == 10
+    assert build_model("mobilenet_v1", num_classes=None, seed=0, size=32).num_classes == 1000
     assert build_model("squeezenet1_1", num_classes=None, seed=0, size=64).num_classes == 1000
 
 
-@pytest.mark.parametrize(("name", "size"), [("resnet56", 32), ("vgg16_bn_cifar", 32), ("resnet18", 224)])
+@pytest.mark.parametrize(("name", "size"), [("resnet56", 32), ("mobilenet_v1", 224), ("resnet18", 224)])
 def test_input_size_is_known_by_name(name: str, size: int) -> None:
     assert input_size(name) == size
 
@@ -142,9 +105,14 @@ def test_auxiliary_heads_are_left_out_and_inputs_scaled_as_the_published_weights
     assert vars(module)["transform_input"] is True
 
 
+def test_a_name_that_torchvision_has_means_torchvisions_network() -> None:
+    assert build_model("alexnet", num_classes=10, seed=0, size=64).layout == "torchvision"
+    assert not {*OWN_NETS} & {*torchvision.models.list_models()}, "ours would never be built"
+
+
 def test_every_name_that_is_listed_is_a_classification_network() -> None:
     names = known_models()
-    assert {"resnet18", "resnet50", "resnet56", "vgg16_bn_cifar", "convnext_tiny"} <= {*names}
+    assert {"resnet18", "resnet50", "resnet56", "alexnet", "alexnet_cifar", "convnext_tiny"} <= {*names}
     assert "fcn_resnet50" not in names
 
 

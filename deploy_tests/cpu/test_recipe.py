@@ -9,6 +9,7 @@ import tomli
 from hypothesis import given
 from hypothesis import strategies as st
 
+from chip_deploy.chip.criteria import CRITERIA
 from chip_deploy.pipeline.recipe import (
     DenseSection,
     Recipe,
@@ -61,6 +62,33 @@ def test_layer_names_with_dots_reach_the_layer_ratios() -> None:
     assert recipe.prune.budgets == ("layer_ratios",)
 
 
+def test_the_allocations_are_those_that_can_be_made() -> None:
+    from chip_deploy.chip import allocate
+    from chip_deploy.pipeline import recipe
+
+    assert recipe.ALLOCATIONS == allocate.ALLOCATIONS
+
+
+def test_ratios_per_layer_are_a_list_without_being_called_one(tmp_path: Path) -> None:
+    ratios = {"model.name": "a", "data.name": "b", "prune.layer_ratios.conv1": 0.4}
+    listed = load_recipe(None, ratios)
+    assert (listed.prune.allocation, load_recipe(None, ASKED).prune.allocation) == ("list", "uniform")
+    path = recipe_file(tmp_path, recipe_toml(listed))
+    assert load_recipe(path) == listed
+    instead = load_recipe(path, {"prune.macs": 0.5})  # a budget on the command line takes the list's place
+    assert (instead.prune.allocation, instead.prune.budgets) == ("uniform", ("macs",))
+
+
+@pytest.mark.parametrize("allocation", ["global", "isomorphic", "interaction"])
+def test_an_allocation_goes_with_any_budget_and_any_criterion(allocation: str) -> None:
+    for budget in ("macs", "params", "ratio"):
+        for criterion in CRITERIA:
+            request = {key: value for key, value in ASKED.items() if key != "prune.macs"}
+            request |= {f"prune.{budget}": 0.5, "prune.allocation": allocation, "score.criterion": criterion}
+            recipe = load_recipe(None, request)
+            assert (recipe.prune.allocation, recipe.score.criterion) == (allocation, criterion)
+
+
 def test_scoring_needs_no_budget() -> None:
     overrides = {key: value for key, value in ASKED.items() if key != "prune.macs"}
     assert load_recipe(None, overrides, needs_budget=False).prune.budgets == ()
@@ -93,8 +121,25 @@ MISTAKES = {
     "section as a value": (asked(tune=3), "--set: 'tune' is a section with keys of its own. Set 'tune.epochs'"),
     "unknown criterion": (
         asked(score__criterion="chp"),
-        "unknown criterion 'chp'. Did you mean 'chip'? Available: chip",
+        "unknown criterion 'chp'. Did you mean 'chip'? Available: chip, cpmc, capacity, interactions, l1",
     ),
+    "joint by another criterion": (
+        asked(score__joint=True, score__criterion="l1"),
+        "joint = true lets channels leave one at a time by 'chip', and criterion is 'l1'. Set joint = false",
+    ),
+    "unknown allocation": (
+        asked(prune__allocation="globl"),
+        "unknown allocation 'globl'. Did you mean 'global'? Available: uniform, list, global",
+    ),
+    "list without ratios": (
+        asked(prune__allocation="list"),
+        "prune.allocation = 'list' cuts what prune.layer_ratios says of each layer, and it says nothing. Give ratios",
+    ),
+    "ratios for another allocation": (
+        {"model.name": "a", "data.name": "b", "prune.layer_ratios.conv1": 0.4, "prune.allocation": "global"},
+        "prune.allocation = 'global' shares out one budget, and prune.layer_ratios gives every layer its own. Keep one",
+    ),
+    "more than all": (asked(prune__max_ratio=1.5), "prune.max_ratio = 1.5: it should be less than or equal to 1."),
     "unknown target": (asked(targets=["ort-cup"]), "unknown target 'ort-cup'. Did you mean 'ort-cpu'?"),
     "targets as text": (asked(targets="ort-cpu"), "targets = 'ort-cpu': it should be a valid list."),
     "other precision": (asked(export__precision=["fp16"]), "precision 'fp16' cannot be built. Available: fp32"),
@@ -208,6 +253,12 @@ def test_what_was_written_is_read_back_equal(
     assert recipe_digest(load_recipe(path)) == recipe_digest(recipe)
 
 
+def test_ratios_on_the_command_line_replace_the_budget_of_a_written_recipe(tmp_path: Path) -> None:
+    path = recipe_file(tmp_path, recipe_toml(load_recipe(None, ASKED)))
+    asked = load_recipe(path, {"prune.layer_ratios.conv1": 0.4}).prune
+    assert (asked.allocation, asked.budgets) == ("list", ("layer_ratios",))
+
+
 def test_the_written_recipe_holds_every_default() -> None:
     written = tomli.loads(recipe_toml(load_recipe(None, ASKED)))
     optional = {
@@ -218,7 +269,9 @@ def test_the_written_recipe_holds_every_default() -> None:
         "params",
         "ratio",
         "round_to",
+        "max_ratio",
         "max_images",
+        "recover",
         "train",
         "file",
     }
@@ -250,5 +303,9 @@ def test_the_dense_section_reads_like_the_tune_section() -> None:
     shared = set(DenseSection.model_fields)
     assert {key.split(".")[1] for key in recipe_keys() if key.startswith("tune.")} == shared | {
         "recalibrate_images",
+        "recover",
+        "recover_images",
+        "recover_steps",
+        "recover_lr",
         "train",
     }

@@ -388,7 +388,7 @@ def test_the_json_has_the_names_that_other_people_read(tmp_path: Path) -> None:
     found = json.loads((tmp_path / "report.json").read_text())
     assert {"accuracy", "cost", "engines", "stages_s", "machine", "versions", "recipe"} <= found.keys()
     assert found["schema"] == "chip-deploy.report/1"
-    assert found["accuracy"].keys() == {"n", "dense", "pruned", "recalibrated", "tuned", "onnx"}
+    assert found["accuracy"].keys() == {"n", "dense", "pruned", "recalibrated", "recovered", "tuned", "onnx"}
     assert found["cost"]["dense"] == {"macs": 37_222_400, "params": 11_181_642, "onnx_bytes": 44_731_201}
     first, second = found["engines"]
     assert {"target", "precision", "file", "sha256", "accuracy", "verdict", "reason"} <= first.keys()

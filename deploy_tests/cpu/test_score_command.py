@@ -67,6 +67,38 @@ def test_a_chart_falls_from_the_best_channel_to_the_worst():
     assert "score.max_images=N" in score_sentence(found, ScoreSection(images=9))
 
 
+def test_scores_below_zero_have_no_bar():
+    vector = torch.tensor([2.0, -1.0, 1.0, -3.0], dtype=torch.float64)
+    found = ChannelScores({"conv": vector}, "interactions", 9, "0" * 64)
+    assert str(score_table(found).columns[-1]._cells[0]) == "█▄  "
+    assert str(score_table(ChannelScores({"conv": -vector.abs()}, "x", 9, "0" * 64)).columns[-1]._cells[0]) == "    "
+
+
+def test_scores_without_images_say_so_and_judge_no_stability():
+    layers = {"conv": LayerEvidence(0, None, settled=False)}
+    found = ChannelScores({"conv": torch.ones(2, dtype=torch.float64)}, "l1", 0, "0" * 64, layers)
+    asked = ScoreSection(criterion="l1")
+    assert score_sentence(found, asked) == "1 groups scored by l1 without any image."
+    played = ChannelScores(found.scores, "taylor", 9, "0" * 64, {"conv": LayerEvidence(9, None, settled=False)})
+    assert "is not judged by this criterion" in score_sentence(played, asked)
+    assert "is not judged in joint mode" in score_sentence(played, ScoreSection(joint=True))
+
+
+def test_strengths_are_read_back_and_a_file_without_them_stays_as_it_was(tmp_path):
+    plain = ChannelScores({"conv": torch.ones(2, dtype=torch.float64)}, "chip", 9, "0" * 64)
+    assert b"strengths" not in plain.to_bytes()
+    file = tmp_path / "scores.safetensors"
+    file.write_bytes(plain.to_bytes())
+    assert ChannelScores.from_file(str(file)).strengths == {}
+    strong = ChannelScores(plain.scores, "chip", 9, "0" * 64, strengths={"conv": 0.25})
+    file.write_bytes(strong.to_bytes())
+    assert ChannelScores.from_file(str(file)).strengths == {"conv": 0.25}
+    for strengths in ({"conv": -1.0}, {"conv": float("nan")}, {"other": 1.0}):
+        file.write_bytes(ChannelScores(plain.scores, "chip", 9, "0" * 64, strengths=strengths).to_bytes())
+        with pytest.raises(ValueError, match="a finite one of a scored group is expected"):
+            ChannelScores.from_file(str(file))
+
+
 def test_a_group_of_dead_channels_has_an_empty_chart():
     found = ChannelScores({"conv": torch.zeros(3, dtype=torch.float64)}, "chip", 9, "0" * 64)
     assert str(score_table(found).columns[-1]._cells[0]) == "   "
@@ -105,6 +137,11 @@ def test_prune_takes_the_scores_and_keeps_the_best_channels_by_them(scores, tmp_
         (["--model", "resnet32"], ["another model", "no such group", "chip-deploy score"]),
         (["--set", "seed=1"], ["another model", "other weights", "chip-deploy score"]),
         (["--set", "score.joint=true"], ["by 'chip'", "'chip joint'", "Set score.joint=false"]),
+        (["--criterion", "l1"], ["by 'chip'", "asks for 'l1'", "Give --criterion chip"]),
+        (
+            ["--set", "prune.allocation=interaction"],
+            ["does not say how strongly", "prune.allocation=interaction --out"],
+        ),
     ],
 )
 def test_scores_of_another_model_are_refused_before_any_work(scores, change, words, tmp_path, capsys):

@@ -4,9 +4,11 @@ import pytest
 import torch
 from torch import nn
 
-from chip_deploy.chip.criterion import Criterion
+from chip_deploy.chip.criterion import MapCriterion
 from chip_deploy.chip.evidence import score_groups
 from chip_deploy.chip.groups import ChannelGraph, ChannelGroup
+from chip_deploy.chip.image_pass import Share
+from chip_deploy.chip.maps import Reading
 from chip_deploy.chip.shards import Shards
 from chip_deploy.chip.stability import ReaderScores, StoppingRule, group_scores, kept_overlaps
 
@@ -79,16 +81,17 @@ def test_consumers_count_alike_and_only_where_they_cover():
     assert group_scores(_group(3), [one, two]).tolist() == pytest.approx([0.5, (1 + 1.5) / 2, (1.5 + 0.5) / 2])
 
 
-class Counting(Criterion):
+class Counting(MapCriterion):
     """Scores by the mean of the map; counts the images it was asked about, by number of channels."""
 
     name = "counting"
     needs = frozenset({"maps"})
+    grade = "baseline"
 
     def __init__(self):
         self.asked = {}
 
-    def score_maps(self, maps_BCP):
+    def score_maps(self, maps_BCP, sides):
         channels = maps_BCP.shape[1]
         self.asked[channels] = self.asked.get(channels, 0) + len(maps_BCP)
         return maps_BCP.double().mean(-1)
@@ -154,20 +157,21 @@ class _Together(Shards):
         return made
 
     def gather(self, found):
-        if found is not None and not (found and isinstance(next(iter(found)), tuple)):
+        if isinstance(found, dict):
             return [found]  # the seconds at the end
         rounds = [found]
         for batches in self.others:
-            rounds.append(self._rows(batches[self.turn]) if self.turn < len(batches) else None)
+            rounds.append(self._share(batches[self.turn]) if self.turn < len(batches) else None)
         self.turn += 1
         return rounds
 
-    def _rows(self, batch):
-        """The scores of one batch, by hand: the means of what the second and third convolution read."""
+    def _share(self, batch):
+        """What one batch gives, by hand: the means of what the second and third convolution read."""
         with torch.no_grad():
             first = self.net[:2](batch)
             second = self.net[2:4](first)
-        return {("0", "2"): first.flatten(2).double().mean(-1), ("2", "4"): second.flatten(2).double().mean(-1)}
+        means = {("0", "2"): first.flatten(2).double().mean(-1), ("2", "4"): second.flatten(2).double().mean(-1)}
+        return Share(len(batch), {Reading("counting", *key): rows for key, rows in means.items()}, None)
 
 
 def test_three_processes_find_what_one_finds_even_where_groups_settle_within_a_round():

@@ -9,7 +9,7 @@ import torchvision
 from torch import nn
 
 from chip_deploy.chip import surgery
-from chip_deploy.chip.allocate import Budget, Rules, kept_channels, listed_widths, uniform_widths
+from chip_deploy.chip.allocate import Budget, Rules, allocate, kept_channels, listed_widths
 from chip_deploy.chip.cost import CostModel
 from chip_deploy.chip.groups import ChannelGraph
 from chip_deploy.chip.plan import PrunePlan, make_plan
@@ -36,7 +36,7 @@ def _plan(net, example, kept):
 
 def _half(net, example, *, seed=0):
     graph, cost = ChannelGraph(net, example), CostModel(net, example)
-    widths = uniform_widths(graph.groups, cost, Budget("macs", 0.5), Rules(8, 8))
+    widths = allocate(graph.groups, cost, Budget("macs", 0.5), Rules(8, 8), way="uniform")
     generator = torch.Generator().manual_seed(seed)
     return _plan(
         net,
