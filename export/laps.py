@@ -234,8 +234,9 @@ def compare_control(dense: Measurement, control: Measurement, *, resamples: int,
 def bootstrap_quantile(
     measured: Measurement, q: float, *, resamples: int, seed: int, level: float = 0.95
 ) -> tuple[float, float] | None:
-    """An interval for the `q` quantile of laps, openings and blocks resampled; None below `laps_needed(q)` laps.
+    """An interval for the `q` quantile of laps; None below `laps_needed(q)` laps.
 
+    Whole openings are resampled, or blocks where there is one opening only.
     Unit: ms.
     """
     estimate = quantile(measured.laps_ms, q)
