@@ -130,3 +130,14 @@ def equal_say(width: int, parts: Sequence[tuple[Sequence[int], Tensor]]) -> Tens
         total[..., index] += scores / torch.where(average > 0, average, 1.0)
         count[index] += 1
     return total / count.clamp(min=1)
+
+
+def require_classes(labels: Tensor, *, classes: int) -> None:
+    """Nothing, where every label is the number of an output. Shapes: (B,). Raises: ValueError."""
+    low, high = (int(label) for label in labels.aminmax())
+    if low < 0 or high >= classes:
+        odd = low if low < 0 else high
+        raise ValueError(
+            f"the data has class {odd} (counted from 0), but the model has only {classes} outputs. Give the data that "
+            "it was trained for."
+        )

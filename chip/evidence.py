@@ -167,7 +167,7 @@ def joint_groups(
     """
     wanted = {group.layer: group for group in groups if group.protected is None}
     if not batches:
-        raise ValueError("joint scores need at least one batch of images.")
+        raise ValueError("joint scores need images, and there are none. Give at least one batch.")
     covered = covered_places(model, wanted.values())
     images = sum(len(batch) for batch in batches)
     scores: dict[str, Tensor] = {}
@@ -301,7 +301,10 @@ def _in_shares(criterion: Criterion, group: GroupWeights | ChannelGroup, scores_
 def _require_finite(weights: GroupWeights) -> None:
     for part in (*weights.producers, *weights.consumers, *weights.scales):
         if not bool(part.values_KN.isfinite().all()):
-            raise ValueError(f"'{part.layer}' holds a weight that is not finite. The network cannot be scored.")
+            raise ValueError(
+                f"'{part.layer}' holds a weight that is not finite, so the network cannot be scored. Give weights that "
+                "training left finite."
+            )
 
 
 def _told(progress: Callable[[float, str], None], count: int, groups: int, layer: str) -> Callable[[float], None]:

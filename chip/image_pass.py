@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .criterion import Criterion, MapCriterion
+from .criterion import Criterion, MapCriterion, require_classes
 from .groups import ChannelGroup
 from .maps import MapSink, Reading, covered_places, watched
 from .scores import LayerEvidence, Scored
@@ -85,7 +85,7 @@ class ImagePass:
                 if progress is not None:
                     progress(self.images)
         if asking and not self.images:
-            raise ValueError(f"criterion '{asking[0]}' needs images, and there are none.")
+            raise ValueError(f"criterion '{asking[0]}' needs images, and there are none. Give at least one batch.")
 
     def images_seen(self, criterion: Criterion) -> int:
         """How many images a criterion without maps rests on."""
@@ -100,7 +100,10 @@ class ImagePass:
         summed = {name: torch.stack([part[name] for part in parts if name in part]).sum(0) for name in names}
         for name, gradient in summed.items():
             if not bool(gradient.isfinite().all()):
-                raise ValueError(f"the gradient of the loss by '{name}' is not finite. The network cannot be scored.")
+                raise ValueError(
+                    f"the gradient of the loss by '{name}' is not finite, so the network cannot be scored by it. Look "
+                    "for weights or images that overflow, or choose a criterion that needs no gradients."
+                )
         return summed
 
     def by_maps(self, criterion: MapCriterion) -> Scored:
@@ -140,7 +143,10 @@ class ImagePass:
         images, labels = batch
         unserved = self._asking("labels")
         if labels is None and unserved:
-            raise ValueError(f"criterion '{unserved[0]}' needs labels, and these images have none.")
+            raise ValueError(
+                f"criterion '{unserved[0]}' needs labels, and these images have none. Give labelled images, or choose "
+                "another criterion."
+            )
         # Before the pass: a network may work on its input in place.
         kept = Batch(images.cpu().clone(), None if labels is None else labels.cpu()) if self._keeping else None
         rows: dict[Reading, Tensor] = {}
@@ -255,14 +261,10 @@ class _Gradients:
         """One batch's gradients. Raises: ValueError where the labels are no classes of the network's output."""
         if not isinstance(logits, Tensor) or logits.ndim != 2:
             raise ValueError(
-                "gradients are taken of a classifier's loss: one row of class scores an image is expected."
+                "gradients are taken of a classifier's loss, and this network does not give one row of class scores an "
+                "image. Choose a criterion that needs no gradients."
             )
-        low, high = (int(label) for label in labels.aminmax())
-        if low < 0 or high >= logits.shape[1]:
-            raise ValueError(
-                f"labels from {low} to {high}, but the network tells {logits.shape[1]} "
-                "classes apart. Give the data that it was trained for."
-            )
+        require_classes(labels, classes=logits.shape[1])
         loss = F.cross_entropy(logits, labels.to(logits.device), reduction="sum")
         if not loss.requires_grad:
             raise ValueError(

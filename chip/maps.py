@@ -194,8 +194,8 @@ def _require_finite(maps_BCP: Tensor, layer: str) -> None:
     if not bool(finite_BC.all()):
         image, channel = (~finite_BC).nonzero()[0].tolist()
         raise ValueError(
-            f"the maps that '{layer}' reads: image {image}, channel {channel} is not finite. "
-            "The network cannot be scored."
+            f"the maps that '{layer}' reads: image {image}, channel {channel} is not finite, so the network cannot be "
+            "scored. Look for weights or images that overflow."
         )
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .criterion import require_classes
 from .groups import CannotCut, ChannelGroup, Member
 from .maps import evaluating
 
@@ -35,8 +36,8 @@ class MaskedRuns:
         """
         if len(images) == 0 or labels.shape != (len(images),):
             raise ValueError(
-                f"masked runs: {len(images)} images came with labels of shape {tuple(labels.shape)}; at least one "
-                "image is needed, and one label for each."
+                f"masked runs: {len(images)} images came with labels of shape {tuple(labels.shape)}. Give at "
+                "least one image, and one label for each."
             )
         self.model = model
         self.images = images
@@ -53,7 +54,10 @@ class MaskedRuns:
         if group is None:
             raise ValueError(f"masked runs: there is no group '{layer}'; there are {', '.join(self._groups)}.")
         if not group.consumers:
-            raise ValueError(f"masked runs: no layer reads the channels of '{layer}', so they cannot be switched off.")
+            raise ValueError(
+                f"masked runs: no layer reads the channels of '{layer}', so they cannot be switched off. "
+                "Choose a criterion that needs no masked runs, or protect the layer."
+            )
         return LayerRuns(self.model, group, self.images.split(self.batch), self.labels.split(self.batch), self.batch)
 
 
@@ -92,7 +96,7 @@ class LayerRuns:
         if alive_SC.ndim != 2 or alive_SC.shape[1] != self.group.width:
             raise ValueError(
                 f"masked runs: '{self.group.layer}' has {self.group.width} channels, but the mask has shape "
-                f"{tuple(alive_SC.shape)}; one truth value a channel is expected."
+                f"{tuple(alive_SC.shape)}. Give one truth value a channel."
             )
         values = []
         with evaluating(self.model), torch.no_grad():
@@ -188,9 +192,7 @@ def label_margins(scores_BK: Tensor, labels_B: Tensor) -> Tensor:
     Raises: ValueError for a label that has no score.
     """
     classes = scores_BK.shape[-1]
-    if bool(((labels_B < 0) | (labels_B >= classes)).any()):
-        odd = int(labels_B[(labels_B < 0) | (labels_B >= classes)][0])
-        raise ValueError(f"the data has class {odd} (counted from 0), but the model has only {classes} outputs.")
+    require_classes(labels_B, classes=classes)
     scores = scores_BK.double()
     is_label = torch.nn.functional.one_hot(labels_B.long(), classes).bool().expand_as(scores)
     own = scores.masked_fill(~is_label, 0).sum(-1)

@@ -19,6 +19,7 @@ from pydantic import BaseModel
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ..chip.criterion import require_classes
 from ..export.bundle import write_atomic
 from .batches import Batch, EpochBatches, augment, read_ahead, shuffled, split_evenly, stream, stream_seed
 from .data import DataSet, Images, Progress, normalise
@@ -141,7 +142,7 @@ def evaluate(model: nn.Module, images: Images, *, batch: int = 64, progress: Pro
     Raises: ValueError where there are no images, or the labels go beyond the model's outputs.
     """
     scores = predict(model, images, batch=batch, progress=progress)
-    _require_outputs(images, outputs=scores.shape[1])
+    require_classes(images.labels, classes=scores.shape[1])
     return Accuracy(top1=int((scores.argmax(1) == images.labels).sum()) / len(images), n=len(images))
 
 
@@ -466,13 +467,7 @@ def _require_sense(model: nn.Module, data: DataSet, settings: TrainSettings, tea
             f"batch norms cannot be trained on {images} images in batches of {settings.batch}; give at least 2."
         )
     outputs = predict(model, data.train.subset(torch.arange(1))).shape[1]
-    _require_outputs(data.train, outputs=outputs)
-
-
-def _require_outputs(images: Images, *, outputs: int) -> None:
-    highest = int(images.labels.max())
-    if highest >= outputs:
-        raise ValueError(f"the data has class {highest} (counted from 0), but the model has only {outputs} outputs.")
+    require_classes(data.train.labels, classes=outputs)
 
 
 def _at_most(images: Images, n: int | None, *, seed: int) -> Images:

@@ -516,7 +516,7 @@ def test_a_criterion_that_needs_labels_says_so_before_the_first_pass(criterion):
 
 def test_labels_that_are_no_classes_of_the_network_are_refused():
     net, images = _classifier(), _images(4, 8)
-    with pytest.raises(ValueError, match="labels from 2 to 9, but the network tells 4 classes apart"):
+    with pytest.raises(ValueError, match=r"the data has class 9 \(counted from 0\), but the model has only 4 outputs"):
         _judged(net, images, [Taylor()], [Batch(images, torch.tensor([2, 3, 9, 2]))])
 
 
