@@ -279,11 +279,17 @@ def _traced(model: nn.Module, example: Tensor) -> tuple[DependencyGraph, set[obj
         graph = DependencyGraph().build_dependency(
             model,
             example,
+            forward_fn=_forward,
             output_transform=remember,
             customized_pruners={ChannelMap: ChannelMapPruner()},
             verbose=False,
         )
     return graph, {tensor.grad_fn for tensor in outputs}
+
+
+def _forward(model: nn.Module, example: Any) -> Any:
+    """torch-pruning 1.6's own call begins without the batch and drops whatever that raises, a Ctrl-C among it."""
+    return model(example)
 
 
 def _tensors(out: object) -> Iterator[Tensor]:

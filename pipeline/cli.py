@@ -313,6 +313,65 @@ def compare(
         _console().print(comparison_tables(comparison))
 
 
+@app.command("compare-criteria")
+def compare_criteria(
+    context: typer.Context,
+    recipe: RecipeFile = None,
+    model: Model = None,
+    weights: Weights = None,
+    data: Data = None,
+    criteria: Annotated[
+        str | None, typer.Option(metavar="NAME[,NAME...]", help="Which criteria; every one there is if left out.")
+    ] = None,
+    macs: Annotated[
+        str | None, typer.Option(metavar="KEPT[,KEPT...]", help="Fractions of the MACs to keep, e.g. 0.7,0.5,0.3.")
+    ] = None,
+    allocation: Annotated[
+        str | None, typer.Option(metavar="NAME[,NAME...]", help="uniform, interaction, global, isomorphic.")
+    ] = None,
+    seeds: Annotated[
+        str | None, typer.Option(metavar="N[,N...]", help="Of scoring images, draws, tuning; 0,1,2 if left out.")
+    ] = None,
+    target: Annotated[
+        list[str] | None, typer.Option(metavar="TARGET", help="Where latency is measured; nowhere if left out.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Where cells, tables and the plot go.")] = None,
+    settings: Settings = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Use the cells that are there, make the others.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="The result as JSON on stdout; the rest on stderr.")] = False,
+) -> None:
+    """Cut one network by several criteria, at several budgets, with several seeds: accuracy at each step, and latency.
+
+    Means and ranges over seeds, never the best of them. Nothing is tuned unless tune.epochs is set. Every cell is a
+    file: the same command with --resume goes on, and lists may grow then.
+    """
+    from .criteria_grid import make_grid, parse_lists
+
+    lists = parse_lists(criteria=criteria, macs=macs, allocation=allocation, seeds=seeds)
+    asked = {
+        "model.name": model,
+        "model.weights": weights,
+        "data.name": data,
+        "targets": target or None,
+        **lists.overrides,
+    }
+    grid = make_grid(_checked_recipe(recipe, asked, settings, needs_budget=False), lists)
+    if out is None:
+        raise ValueError("no output folder was given. Give --out DIR, for example --out runs/criteria.")
+    command = shlex.join(["chip-deploy", *(context.obj or ())])
+    console = _console(stderr=as_json)
+    with _stdout_elsewhere(as_json=as_json), _watching(console) as display:
+        from .compare_criteria import compare_criteria as compare_all
+
+        comparison = compare_all(grid, out, resume=resume, display=display, command=command)
+    from .criteria_page import criteria_tables
+
+    if as_json:
+        _print_json((out / "criteria.json").read_text(encoding="utf-8"))
+    console.print(criteria_tables(comparison))
+    console.print(f"Page: {out / 'criteria.html'}", soft_wrap=True, highlight=False, markup=False)
+
+
 @app.command()
 def report(bundle: Bundle) -> None:
     """Write a bundle's Markdown and HTML report again, from its report.json and its laps."""
@@ -496,7 +555,7 @@ def _how_to_continue(arguments: list[str]) -> str:
             "interrupted; the laps so far are kept, and the engine counts as not measured. Measure it again with: "
             f"{shlex.join(['chip-deploy', *arguments])}"
         )
-    if arguments[:1] != ["prune"] or "--dry-run" in arguments:
+    if arguments[:1] not in (["prune"], ["compare-criteria"]) or "--dry-run" in arguments:
         return "interrupted."
     again = arguments if "--resume" in arguments else [*arguments, "--resume"]
     return f"interrupted; continue with: {shlex.join(['chip-deploy', *again])}"

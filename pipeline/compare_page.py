@@ -109,29 +109,34 @@ def comparison_json(comparison: BundleComparison) -> str:
 
 def comparison_markdown(comparison: BundleComparison) -> str:
     """The comparison as Markdown: the tables, and the plot in words (which candidates are on the front)."""
-    parts = ["# Bundles compared", _markdown_table(NETWORK_COLUMNS, _network_rows(comparison))]
+    parts = ["# Bundles compared", markdown_table(NETWORK_COLUMNS, _network_rows(comparison))]
     for compared in comparison.targets:
         parts += [f"## {markdown_text(_heading(compared))}"]
-        parts += [_markdown_table(CANDIDATE_COLUMNS, _candidate_rows(compared))]
+        parts += [markdown_table(CANDIDATE_COLUMNS, _candidate_rows(compared))]
         parts += [markdown_text(note) for note in _notes(compared)]
     return "\n\n".join([*parts, *map(markdown_text, comparison.notes)]) + "\n"
 
 
 def comparison_html(comparison: BundleComparison) -> str:
     """The comparison as one page that needs nothing else, no script and no network."""
-    body = ["<h1>Bundles compared</h1>", _html_table("Networks", NETWORK_COLUMNS, _network_rows(comparison))]
+    body = ["<h1>Bundles compared</h1>", html_table("Networks", NETWORK_COLUMNS, _network_rows(comparison))]
     for compared in comparison.targets:
         fronts = [candidate.on_front for candidate in compared.candidates]
         body += [f"<h2>{_text(_heading(compared))}</h2>"]
         if compared.placed:
-            body += [_wide(f"Plot for {compared.name}", pareto_svg([compared]))]
-        body += [_html_table(compared.name, CANDIDATE_COLUMNS, _candidate_rows(compared), strong=fronts)]
+            body += [scrolling(f"Plot for {compared.name}", pareto_svg([compared]))]
+        body += [html_table(compared.name, CANDIDATE_COLUMNS, _candidate_rows(compared), strong=fronts)]
         body += [f'<p class="soft">{_text(note)}</p>' for note in _notes(compared)]
     body += [f'<p class="soft">{_text(note)}</p>' for note in comparison.notes]
+    return html_page(f"Bundles compared: {', '.join(network.label for network in comparison.networks)}", body)
+
+
+def html_page(title: str, body: Sequence[str]) -> str:
+    """One page of those parts that needs nothing else, no script and no network."""
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>Bundles compared: {_text(', '.join(network.label for network in comparison.networks))}</title>\n"
+        f"<title>{_text(title)}</title>\n"
         f"<style>{PAGE_STYLE}</style>\n</head>\n<body>\n<main>\n" + "\n".join(body) + "\n</main>\n</body>\n</html>\n"
     )
 
@@ -159,6 +164,31 @@ def pareto_svg(compared: Sequence[TargetComparison]) -> str:
         f'role="img" aria-label="{_text(label)}">\n<style>{SVG_STYLE}</style>\n'
         f'<rect class="paper" width="{WIDTH}" height="{HEIGHT * len(compared)}"/>\n' + "\n".join(panels) + "\n</svg>"
     )
+
+
+def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """The rows as a table in Markdown, what would be markup taken as text."""
+    lines = [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
+    return "\n".join([*lines, *(f"| {' | '.join(map(markdown_text, row))} |" for row in rows)])
+
+
+def html_table(
+    name: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, strong: Sequence[bool] | None = None
+) -> str:
+    """The rows as a table in HTML that scrolls by itself; the first column names the row. strong: rows to stress."""
+    head = "".join(f'<th scope="col">{_text(column or "network")}</th>' for column in columns)
+    lines = []
+    for row, is_front in zip(rows, strong or [False] * len(rows), strict=True):
+        cells = "".join(f"<td>{_text(cell)}</td>" for cell in row[1:])
+        kind = ' class="front"' if is_front else ""
+        lines.append(f'<tr{kind}><th scope="row">{_text(row[0])}</th>{cells}</tr>')
+    body = "\n".join(lines)
+    return scrolling(f"Table: {name}", f"<table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table>")
+
+
+def scrolling(name: str, content: str) -> str:
+    """What may be wider than a telephone, in a box of its own that scrolls, also by the keyboard."""
+    return f'<div class="wide" role="region" tabindex="0" aria-label="{_text(name)}">\n{content}\n</div>'
 
 
 # By the ending of the file.
@@ -349,29 +379,6 @@ def _terminal_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Ta
     for row in rows:
         table.add_row(*map(Text, row))
     return table
-
-
-def _markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
-    return "\n".join([*lines, *(f"| {' | '.join(map(markdown_text, row))} |" for row in rows)])
-
-
-def _html_table(
-    name: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, strong: Sequence[bool] | None = None
-) -> str:
-    head = "".join(f'<th scope="col">{_text(column or "network")}</th>' for column in columns)
-    lines = []
-    for row, is_front in zip(rows, strong or [False] * len(rows), strict=True):
-        cells = "".join(f"<td>{_text(cell)}</td>" for cell in row[1:])
-        kind = ' class="front"' if is_front else ""
-        lines.append(f'<tr{kind}><th scope="row">{_text(row[0])}</th>{cells}</tr>')
-    body = "\n".join(lines)
-    return _wide(f"Table: {name}", f"<table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table>")
-
-
-def _wide(name: str, content: str) -> str:
-    """What may be wider than a telephone, in a box of its own that scrolls, also by the keyboard."""
-    return f'<div class="wide" role="region" tabindex="0" aria-label="{_text(name)}">\n{content}\n</div>'
 
 
 def _text(text: str) -> str:

@@ -8,7 +8,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
@@ -135,6 +135,8 @@ class Prepared:
     data: DataSet
     example: Tensor
     criteria: list[Criterion]
+    found_groups: list[ChannelGroup]
+    """As the network has them, whatever the criteria can judge."""
     groups: list[ChannelGroup]
     cost: CostModel
     rules: Rules
@@ -164,14 +166,14 @@ def prune(recipe: Recipe, out: Path, *, resume: bool, display: Display, command:
             "FILE` without it."
         )
     _require_own_folder(out, recipe)
-    ready = _prepare(recipe, display)
+    ready = prepare(recipe, display)
     if resume and _is_finished(out, ready):
         shutil.rmtree(out / WORK, ignore_errors=True)
         display.note(f"{out} holds the finished run of this recipe; nothing is left to do.")
         return reports.read_report(out)
     existed = out.exists()
     _make_folder(out)
-    with _alone_in(out):
+    with alone_in(out):
         if not resume:
             _clear(out)
         _make_folder(out / WORK)
@@ -188,8 +190,8 @@ def prune(recipe: Recipe, out: Path, *, resume: bool, display: Display, command:
 
 def dry_run(recipe: Recipe, display: Display) -> CutPreview:
     """What the recipe would cut; writes nothing, trains nothing, scores only where the widths follow from scores."""
-    ready = _prepare(recipe, display)
-    widths = ready.widths if ready.widths is not None else _widths_by_scores(ready, _preview_scores(ready, display))
+    ready = prepare(recipe, display)
+    widths = ready.widths if ready.widths is not None else widths_by_scores(ready, _preview_scores(ready, display))
     removed = removed_at(ready.groups, widths)
     after = ready.cost.after(removed)
     macs = [ready.cost.layer_macs(gone) for gone in ({}, removed)]
@@ -220,7 +222,7 @@ def score(recipe: Recipe, out_file: Path, *, display: Display) -> ChannelScores:
         raise ValueError(
             "score.file is for `chip-deploy prune`, which takes scores; this command makes them. Leave it out."
         )
-    ready = _prepare(recipe, display, needs_cut=False)
+    ready = prepare(recipe, display, needs_cut=False)
     with joined() as shards, tempfile.TemporaryDirectory(prefix="chip-deploy-") as work:
         if shards.world > 1 and recipe.score.joint:
             raise ValueError(
@@ -231,8 +233,8 @@ def score(recipe: Recipe, out_file: Path, *, display: Display) -> ChannelScores:
                 "under torchrun the dense network must be trained already. Give --weights, or run this once without "
                 "torchrun, which trains it and keeps it for the next run."
             )
-        journal = Journal(Path(work), display, versions=_versions())
-        _dense_stage(ready, journal, judged=False)
+        journal = Journal(Path(work), display, versions=versions())
+        dense_stage(ready, journal, judged=False)
         display.stage("score")
         found = _scored(ready, display, shards)
         if shards.rank == 0:
@@ -266,13 +268,24 @@ def load_pruned(bundle: Path) -> nn.Module:
 # -- before any work ---------------------------------------------------------------------------------------------------
 
 
-def _prepare(recipe: Recipe, display: Display, *, needs_cut: bool = True) -> Prepared:
+def prepare(
+    recipe: Recipe,
+    display: Display,
+    *,
+    needs_cut: bool = True,
+    needs_engines: bool = True,
+    admit: Callable[[DataSet], None] | None = None,
+) -> Prepared:
+    """The network and its images, looked at before any work: what cannot be is refused here.
+
+    needs_cut: nothing is cut without it, and no budget is looked at. needs_engines: the targets must be usable.
+    admit: is shown the images before the network is built, and may refuse them.
+    Raises: as `prune`, and what `admit` raises.
+    """
     display.stage("prepare")
     targets = [make_target(parse_target(text), threads=recipe.measure.threads) for text in recipe.targets]
-    for target in targets if needs_cut else []:
+    for target in [*targets, _reference_target()] if needs_cut and needs_engines else []:
         require_usable(target)
-    if needs_cut:
-        require_usable(_reference_target())
     _require_free_batch(recipe)
     if recipe.model.weights is not None and not Path(recipe.model.weights).is_file():
         raise FileNotFoundError(f"{recipe.model.weights}: no such weights file. Check --weights.")
@@ -280,20 +293,23 @@ def _prepare(recipe: Recipe, display: Display, *, needs_cut: bool = True) -> Pre
         _require_score_file(Path(recipe.score.file))
     size = recipe.data.size or default_size(recipe.model.name, recipe.data.name)
     data = open_data(recipe.data.name, size=size, seed=recipe.seed, progress=display.progress)
+    if admit is not None:
+        admit(data)
     criteria = _criteria(recipe)
     if recipe.score.file is None:
-        _score_device(recipe)
+        score_device(recipe)
     _require_labels(recipe, criteria, data)
     built = _build(recipe, data)
     _require_weights(recipe, data)
     if needs_cut:
         _require_no_turing_products(targets, built.module)
-    network = digest_of(weights_digest(built.module), _source_digest(recipe.model.name))
+    network = digest_of(weights_digest(built.module), source_digest(recipe.model.name))
     if recipe.model.weights is not None:
         load_weights(built.module, recipe.model.weights)
     example = normalise(data.test.read(torch.arange(1)))
     cost = CostModel(built.module, example)
-    groups = judged_groups(built.module, ChannelGraph(built.module, example).groups, criteria, cost=cost)
+    found = ChannelGraph(built.module, example).groups
+    groups = judged_groups(built.module, found, criteria, cost=cost)
     rules = _rules(recipe, targets)
     widths = _early_widths(recipe, groups, cost, rules) if needs_cut else {}
     ready = Prepared(
@@ -303,6 +319,7 @@ def _prepare(recipe: Recipe, display: Display, *, needs_cut: bool = True) -> Pre
         data,
         example,
         criteria,
+        found,
         groups,
         cost,
         rules,
@@ -319,6 +336,29 @@ def _prepare(recipe: Recipe, display: Display, *, needs_cut: bool = True) -> Pre
         apply_plan(built.module, trial, example)
         prove(built.module, trial, example, seed=recipe.seed)
     return ready
+
+
+def variant(ready: Prepared, recipe: Recipe) -> Prepared:
+    """The same network and test images for a recipe with another criterion, budget, allocation or seed.
+
+    Raises: ValueError where the criterion can judge no group, or the budget cannot be met.
+    """
+    criteria, groups = _criteria(recipe), ready.groups
+    if [each.name for each in criteria] != [each.name for each in ready.criteria]:
+        groups = judged_groups(ready.built.module, ready.found_groups, criteria, cost=ready.cost)
+    rules = _rules(recipe, ready.targets)
+    images = _sampled(
+        ready.data.train, recipe.score.images, recipe.seed, "score.images", otherwise=_most_images(recipe)
+    )
+    return replace(
+        ready,
+        recipe=recipe,
+        criteria=criteria,
+        groups=groups,
+        rules=rules,
+        widths=_early_widths(recipe, groups, ready.cost, rules),
+        score_images=images,
+    )
 
 
 def _require_free_batch(recipe: Recipe) -> None:
@@ -367,6 +407,11 @@ def _criteria(recipe: Recipe) -> list[Criterion]:
     return found
 
 
+def needs_labels(criterion: Criterion) -> bool:
+    """Whether that criterion can score only on images whose classes are known."""
+    return bool(criterion.needs & {"labels", "gradients", "masked runs"})
+
+
 def _require_labels(recipe: Recipe, criteria: Sequence[Criterion], data: DataSet) -> None:
     """Raises: ValueError where the images have no labels, and a criterion or the recovery needs them."""
     if data.has_accuracy:
@@ -379,7 +424,7 @@ def _require_labels(recipe: Recipe, criteria: Sequence[Criterion], data: DataSet
     if recipe.score.file is not None:
         return
     for criterion in criteria:
-        if criterion.needs & {"labels", "gradients", "masked runs"}:
+        if needs_labels(criterion):
             asked = (
                 "" if criterion is criteria[0] else f", which prune.allocation = '{recipe.prune.allocation}' goes by,"
             )
@@ -403,7 +448,8 @@ def _early_widths(
     return allocate(groups, cost, _budget(recipe), rules, way=way)
 
 
-def _widths_by_scores(ready: Prepared, found: ChannelScores) -> dict[str, int]:
+def widths_by_scores(ready: Prepared, found: ChannelScores) -> dict[str, int]:
+    """The width of every group where the scores decide about it."""
     return allocate(
         ready.groups,
         ready.cost,
@@ -428,8 +474,8 @@ def _trial_plan(ready: Prepared) -> PrunePlan:
     free = {group.layer: group.width for group in ready.groups if group.protected is None}
     alike = {layer: torch.zeros(width, dtype=torch.float64) for layer, width in free.items()}
     no_scores = ChannelScores(alike, "", 0, "", strengths=dict.fromkeys(free, 1.0))
-    widths = ready.widths if ready.widths is not None else _widths_by_scores(ready, no_scores)
-    return _plan(ready, widths, {layer: [-float(channel) for channel in range(free[layer])] for layer in widths})
+    widths = ready.widths if ready.widths is not None else widths_by_scores(ready, no_scores)
+    return plan_at(ready, widths, {layer: [-float(channel) for channel in range(free[layer])] for layer in widths})
 
 
 def _preview_scores(ready: Prepared, display: Display) -> ChannelScores:
@@ -457,7 +503,11 @@ def _reference_target() -> Target:
 # -- the output folder -------------------------------------------------------------------------------------------------
 
 
-def _require_own_folder(out: Path, recipe: Recipe) -> None:
+def require_folder(out: Path) -> None:
+    """Nothing, if `out` is a folder that can be written, or can become one.
+
+    Raises: ValueError, NotADirectoryError, PermissionError.
+    """
     try:
         present = out.exists()
     except OSError as err:
@@ -467,6 +517,10 @@ def _require_own_folder(out: Path, recipe: Recipe) -> None:
     parent = next(path for path in (out, *out.absolute().parents) if path.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise PermissionError(f"{out} cannot be written: {parent} is not a writable folder. Give another --out.")
+
+
+def _require_own_folder(out: Path, recipe: Recipe) -> None:
+    require_folder(out)
     if not out.exists() or (
         {path.name for path in out.iterdir()} <= {WORK} and not (out / WORK / RECIPE_FILE).exists()
     ):
@@ -484,7 +538,7 @@ def _is_finished(out: Path, ready: Prepared) -> bool:
         manifest = verify_bundle(out)
     except IntegrityError:
         return False
-    return manifest.versions == _versions() and _origin(ready).items() <= manifest.lineage.items()
+    return manifest.versions == versions() and _origin(ready).items() <= manifest.lineage.items()
 
 
 def _origin(ready: Prepared) -> dict[str, str]:
@@ -494,13 +548,13 @@ def _origin(ready: Prepared) -> dict[str, str]:
         "recipe_sha256": recipe_digest(ready.recipe),
         "data_sha256": ready.data.digest,
         "network_sha256": ready.network,
-        "training_code_sha256": _source_digest(ready.recipe.tune.train or ""),
+        "training_code_sha256": source_digest(ready.recipe.tune.train or ""),
         **({"scores_file_sha256": sha256_file(Path(ready.recipe.score.file))} if ready.recipe.score.file else {}),
         **({"weights_file_sha256": sha256_file(Path(weights))} if weights else {}),
     }
 
 
-def _source_digest(name: str) -> str:
+def source_digest(name: str) -> str:
     """sha256 of the source file behind a `package.module:name` of the user's; of nothing for any other name."""
     if ":" not in name or name.partition(":")[0] in ("torchvision", "timm"):
         return ""
@@ -509,7 +563,7 @@ def _source_digest(name: str) -> str:
 
 
 @contextlib.contextmanager
-def _alone_in(out: Path) -> Iterator[None]:
+def alone_in(out: Path) -> Iterator[None]:
     """Hold the folder against a second run; the lock goes with the process, however it ends.
 
     Raises: ValueError when another run holds it.
@@ -550,8 +604,8 @@ def _clear(out: Path) -> None:
 
 
 def _run(ready: Prepared, out: Path, display: Display, command: str) -> reports.Report:
-    journal = Journal(out / WORK, display, versions=_versions())
-    dense = _dense_stage(ready, journal)
+    journal = Journal(out / WORK, display, versions=versions())
+    dense = dense_stage(ready, journal)
     scores = _score_stage(ready, journal, dense)
     plan = _plan_stage(ready, journal, dense, scores)
     cut = _cut_stage(ready, journal, dense, plan)
@@ -567,7 +621,7 @@ def _run(ready: Prepared, out: Path, display: Display, command: str) -> reports.
     return _report_stage(ready, journal, out, stages, command)
 
 
-def _dense_stage(ready: Prepared, journal: Journal, *, judged: bool = True) -> StageResult:
+def dense_stage(ready: Prepared, journal: Journal, *, judged: bool = True) -> StageResult:
     """The dense weights: given, or trained on a small data set and kept in the cache; and accuracy, if `judged`."""
     recipe, data = ready.recipe, ready.data
 
@@ -642,33 +696,52 @@ def _score_stage(ready: Prepared, journal: Journal, dense: StageResult) -> Stage
 
 
 def _scored(ready: Prepared, display: Display, shards: Shards) -> ChannelScores:
-    """The scores by the recipe's criterion, and the strengths where its allocation goes by them.
-
-    On images in an order of their own, on the device that the recipe names.
-    """
-    recipe, model = ready.recipe, ready.built.module
-    device = _score_device(recipe)
-    model.to(device)
-    try:
-        criteria = ready.criteria[1:] if recipe.score.joint else ready.criteria
-        found = _scored_by(ready, criteria, display, shards, device) if criteria else {}
-        joint = _scored_jointly(ready, display, device) if recipe.score.joint else None
-    finally:
-        model.to("cpu")
-    scored = joint or found[recipe.score.criterion]
+    """The scores by the recipe's criterion, and the strengths where its allocation goes by them."""
+    recipe = ready.recipe
+    found = scored_by(ready, ready.criteria, ready.groups, display.progress, shards)
+    scored = found[recipe.score.label]
     strengths = next((of.strengths for of in found.values() if of.strengths), {})
-    images = max(of.images for of in (scored, *found.values()))
-    digest = weights_digest(model)
+    images = max(of.images for of in found.values())
+    digest = weights_digest(ready.built.module)
     return ChannelScores(scored.scores, recipe.score.label, images, digest, scored.layers, strengths)
 
 
-def _scored_by(
-    ready: Prepared, criteria: Sequence[Criterion], display: Display, shards: Shards, device: torch.device
+def scored_by(
+    ready: Prepared,
+    criteria: Sequence[Criterion],
+    groups: Sequence[ChannelGroup],
+    progress: Progress,
+    shards: Shards,
+) -> dict[str, Scored]:
+    """By each criterion's name, the scores of those groups, all from one pass; those of the joint mode by its label.
+
+    On images in an order of their own, on the device that the recipe names.
+    """
+    asked, model = ready.recipe.score, ready.built.module
+    alone = [criterion for criterion in criteria if not asked.joint or criterion.name != asked.criterion]
+    device = score_device(ready.recipe)
+    model.to(device)
+    try:
+        found = _scored_alone(ready, alone, groups, progress, shards, device) if alone else {}
+        if len(alone) < len(criteria):
+            found[asked.label] = _scored_jointly(ready, groups, progress, device)
+    finally:
+        model.to("cpu")
+    return found
+
+
+def _scored_alone(
+    ready: Prepared,
+    criteria: Sequence[Criterion],
+    groups: Sequence[ChannelGroup],
+    progress: Progress,
+    shards: Shards,
+    device: torch.device,
 ) -> dict[str, Scored]:
     images, labelled = ready.score_images, ready.data.has_accuracy
     return score_all(
         ready.built.module,
-        ready.groups,
+        groups,
         criteria,
         (
             Batch(normalise(images.read(indices)).to(device), images.labels[indices] if labelled else None)
@@ -678,18 +751,20 @@ def _scored_by(
         stopping=_stopping(ready),
         run_images=ready.recipe.score.images or RUN_IMAGES,
         shards=shards,
-        progress=lambda n: display.progress(n / len(images), f"{n} of at most {len(images)} images"),
-        run_progress=lambda part, layer: display.progress(part, f"masked runs of {layer}"),
+        progress=lambda n: progress(n / len(images), f"{n} of at most {len(images)} images"),
+        run_progress=lambda part, layer: progress(part, f"masked runs of {layer}"),
     )
 
 
-def _scored_jointly(ready: Prepared, display: Display, device: torch.device) -> Scored:
-    groups = len([group for group in ready.groups if group.protected is None])
+def _scored_jointly(
+    ready: Prepared, groups: Sequence[ChannelGroup], progress: Progress, device: torch.device
+) -> Scored:
+    free = len([group for group in groups if group.protected is None])
     return joint_groups(
         ready.built.module,
-        ready.groups,
+        groups,
         [normalise(ready.score_images.read(indices)).to(device) for indices in _score_order(ready)],
-        progress=lambda n: display.progress(n / groups, f"{n} of {groups} groups"),
+        progress=lambda n: progress(n / free, f"{n} of {free} groups"),
     )
 
 
@@ -699,8 +774,11 @@ def _score_order(ready: Prepared) -> Sequence[Tensor]:
     return shuffled(len(ready.score_images), recipe.seed, "score order").split(recipe.score.batch)
 
 
-def _score_device(recipe: Recipe) -> torch.device:
-    """Raises: ValueError where a GPU was asked for and none can be used."""
+def score_device(recipe: Recipe) -> torch.device:
+    """Where channels are scored.
+
+    Raises: ValueError where a GPU was asked for and none can be used.
+    """
     asked = recipe.score.device
     if asked == "cuda" and not torch.cuda.is_available():
         raise ValueError("score.device = 'cuda': torch sees no usable GPU here. Set score.device=cpu.")
@@ -778,8 +856,8 @@ def _plan_stage(ready: Prepared, journal: Journal, dense: StageResult, scores: S
 
     def make(folder: Path) -> Mapping[str, Any]:
         found = ChannelScores.from_file(str(scores.file("scores.safetensors")))
-        widths = ready.widths if ready.widths is not None else _widths_by_scores(ready, found)
-        plan = _plan(ready, widths, {layer: vector.tolist() for layer, vector in found.scores.items()})
+        widths = ready.widths if ready.widths is not None else widths_by_scores(ready, found)
+        plan = plan_at(ready, widths, {layer: vector.tolist() for layer, vector in found.scores.items()})
         write_atomic(folder / "plan.json", (plan.model_dump_json(by_alias=True, indent=2) + "\n").encode())
         return {}
 
@@ -821,7 +899,7 @@ def _tune_stage(
         progress = journal.display.progress
         recalibrate(model, data.train, n=n, batch=recipe.tune.batch, seed=recipe.seed, progress=progress)
         recalibrated = _accuracy(model, ready, journal)
-        recovery = _recovered(model, ready, plan, journal) if recipe.tune.recover else None
+        recovery = recover_pruned(model, ready, _read_plan(plan), progress) if recipe.tune.recover else None
         recovered = _accuracy(model, ready, journal) if recovery else None
         teacher = ready.built.module if recipe.tune.distill > 0 else None
         work = journal.work / "tune.epochs"
@@ -840,7 +918,7 @@ def _tune_stage(
     inputs = {
         "cut": cut.digest,
         "tune": recipe.tune.model_dump(),
-        "code": _source_digest(recipe.tune.train or ""),
+        "code": source_digest(recipe.tune.train or ""),
         "data": data.digest,
         "test": _test_key(ready),
         "seed": recipe.seed,
@@ -850,7 +928,7 @@ def _tune_stage(
     return result
 
 
-def _recovered(model: nn.Module, ready: Prepared, plan: StageResult, journal: Journal) -> RecoverRecord:
+def recover_pruned(model: nn.Module, ready: Prepared, plan: PrunePlan, progress: Progress) -> RecoverRecord:
     """The pruned network is taught in place to act together as the dense one does, on images of its own drawing."""
     asked, train_set = ready.recipe.tune, ready.data.train
     images = train_set.sample(
@@ -859,7 +937,7 @@ def _recovered(model: nn.Module, ready: Prepared, plan: StageResult, journal: Jo
     return recover(
         model,
         ready.built.module,
-        _read_plan(plan),
+        plan,
         normalise(images.read(torch.arange(len(images)))),
         images.labels,
         settings=RecoverSettings(
@@ -869,7 +947,7 @@ def _recovered(model: nn.Module, ready: Prepared, plan: StageResult, journal: Jo
             batch=asked.batch,
             seed=ready.recipe.seed,
         ),
-        progress=journal.display.progress,
+        progress=progress,
     )
 
 
@@ -931,7 +1009,7 @@ def _build_stage(ready: Prepared, journal: Journal, onnx: StageResult) -> StageR
         return {}
 
     inputs = {"onnx": onnx.digest, "targets": ready.recipe.targets, "precision": ready.recipe.export.precision,
-              "threads": ready.recipe.measure.threads, "versions": _versions()}  # fmt: skip
+              "threads": ready.recipe.measure.threads, "versions": versions()}  # fmt: skip
     return journal.stage("build", inputs, make)
 
 
@@ -992,7 +1070,7 @@ def _report_stage(
     for note in report.notes[: len(_collapse(report.accuracy))]:
         journal.display.note(note)
     reports.write_report(report, out)
-    write_manifest(out, versions=_versions(), lineage=lineage)
+    write_manifest(out, versions=versions(), lineage=lineage)
     shutil.rmtree(out / WORK)
     journal.display.done()
     return report
@@ -1064,7 +1142,7 @@ def _report(
         tuning=_curve(facts["tune"]["training"]),
         stages_s=journal.seconds,
         machine=read_machine(),
-        versions=_versions(),
+        versions=versions(),
         recipe=recipe.model_dump(mode="json"),
         digests={name.removesuffix("_sha256").replace("_", " "): digest for name, digest in lineage.items() if digest},
         notes=[*_collapse(accuracy), *_notes(ready, facts, plan)],
@@ -1179,7 +1257,7 @@ def _engines(ready: Prepared) -> list[tuple[Target, str]]:
     return [(target, precision) for target in ready.targets for precision in ready.recipe.export.precision]
 
 
-def _plan(ready: Prepared, widths: Mapping[str, int], scores: Mapping[str, Sequence[float]]) -> PrunePlan:
+def plan_at(ready: Prepared, widths: Mapping[str, int], scores: Mapping[str, Sequence[float]]) -> PrunePlan:
     """The plan that keeps the best channels of every group at its width."""
     kept = {
         group.layer: kept_channels(group, widths[group.layer], scores[group.layer])
@@ -1280,7 +1358,8 @@ def _plain(record: TrainRecord | None) -> dict[str, Any] | None:
     return None if record is None else record.model_dump()
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """This package, and the others that a result may depend on, with their versions where they are installed."""
     found = {"chip-deploy": __version__}
     for package in PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError):

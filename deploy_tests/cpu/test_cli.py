@@ -30,6 +30,8 @@ ROOT = Path(__file__).resolve().parents[2]
 PRUNE = ["prune", "--model", "resnet18", "--data", "digits", "--macs", "0.5", "--out", "out"]
 WITHOUT_BUDGET = ["prune", "--model", "resnet18", "--data", "digits", "--out", "out"]
 
+CRITERIA = ["compare-criteria", "--model", "resnet20", "--data", "digits"]
+
 # Arguments of a mistake that needs no torch to be seen, and a part of the sentence it gets.
 MISTAKES = {
     "unknown command": (["prun"], "No such command 'prun'"),
@@ -56,6 +58,13 @@ MISTAKES = {
     "option given twice": ([*PRUNE, "--set", "prune.macs=0.4"], "'prune.macs' is given twice"),
     "key given twice": ([*PRUNE, "--set", "seed=1", "--set", "seed=2"], "'seed' is given twice"),
     "dry run to resume": ([*PRUNE, "--dry-run", "--resume"], "nothing to --resume"),
+    "criteria to nowhere": ([*CRITERIA, "--macs", "0.5"], "no output folder was given. Give --out DIR"),
+    "criteria at nothing": ([*CRITERIA, "--out", "out"], "no budget was given. Give --macs 0.7,0.5,0.3"),
+    "criterion in a list": ([*CRITERIA, "--criteria", "l1,chop"], "unknown criterion 'chop'. Did you mean 'chip'?"),
+    "list given twice": (
+        [*CRITERIA, "--macs", "0.5", "--set", "prune.macs=0.4"],
+        "--set prune.macs=0.4: 'prune.macs' is given twice",
+    ),
     "scores to nowhere": (["score", "--model", "resnet18", "--data", "digits"], "no output file was given. Give --out"),
     "build for nothing": (["build", "bundle"], "Missing option '--target'"),
     "build for unknown": (["build", "bundle", "--target", "trx"], "unknown target 'trx'. Did you mean 'trt'?"),
@@ -110,7 +119,18 @@ def test_the_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) 
 
 
 def test_the_help_of_every_command_fits_80_columns(capsys: pytest.CaptureFixture[str]) -> None:
-    for name in ("prune", "score", "build", "measure", "verify", "gate", "compare", "report", "doctor"):
+    for name in (
+        "prune",
+        "score",
+        "build",
+        "measure",
+        "verify",
+        "gate",
+        "compare",
+        "compare-criteria",
+        "report",
+        "doctor",
+    ):
         assert main([name, "--help"]) == 0
         out = capsys.readouterr().out
         assert f"Usage: chip-deploy {name}" in out
@@ -242,6 +262,12 @@ def test_an_interrupted_prune_says_how_to_continue(number: signal.Signals, code:
     returncode, err = interrupted(arguments, number)
     again = shlex.join(["chip-deploy", *arguments, "--resume"])
     assert (returncode, err) == (code, f"interrupted; continue with: {again}\n")
+
+
+def test_an_interrupted_comparison_of_criteria_says_how_to_continue() -> None:
+    arguments = [*CRITERIA, "--macs", "0.5", "--out", "out"]
+    _, err = interrupted(arguments, signal.SIGINT)
+    assert err == f"interrupted; continue with: {shlex.join(['chip-deploy', *arguments, '--resume'])}\n"
 
 
 def test_resume_is_not_said_twice() -> None:

@@ -130,3 +130,27 @@ def test_tracing_leaves_the_weights_alone():
 def test_an_input_of_the_wrong_shape_is_one_sentence():
     with pytest.raises(CannotCut, match="tracing the network"):
         ChannelGraph(Residual(), torch.randn(1, 4, 8, 8))
+
+
+class Interruption(BaseException):
+    """What a signal raises, wherever the program is."""
+
+
+class Interrupted(Residual):
+    """Its first forward pass is interrupted, as by Ctrl-C."""
+
+    def __init__(self):
+        super().__init__()
+        self.passes = 0
+
+    def forward(self, x):
+        self.passes += 1
+        if self.passes == 1:
+            raise Interruption
+        return super().forward(x)
+
+
+def test_an_interruption_while_a_network_is_traced_is_not_dropped():
+    """torch-pruning 1.6 runs the network inside a bare `except:` unless it is told how to run it."""
+    with pytest.raises(Interruption):
+        ChannelGraph(Interrupted(), torch.randn(1, 3, 8, 8))

@@ -16,10 +16,17 @@ FROZEN = {
     "verify": "*BUNDLE",
     "gate": "*BUNDLE *--require --target --junit --markdown --json",
     "compare": "*BUNDLE... --target --out --json",
+    "compare-criteria": (
+        "RECIPE.toml --model --weights --data --criteria --macs --allocation --seeds --target --out --set --resume "
+        "--json"
+    ),
     "report": "*BUNDLE",
     "doctor": "",
 }
-MANY = {("prune", "--target"), ("prune", "--set"), ("score", "--set"), ("gate", "--require")}
+MANY = {
+    *(("prune", "--target"), ("prune", "--set"), ("score", "--set"), ("gate", "--require")),
+    *(("compare-criteria", "--target"), ("compare-criteria", "--set")),
+}
 
 
 def parameters() -> dict[str, list[typer.core.TyperArgument | typer.core.TyperOption]]:

@@ -1,0 +1,153 @@
+"""The latency of every pruned structure of a comparison, in turns with the dense network; weights do not matter."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from ..chip.plan import structure_digest
+from ..chip.surgery import apply_plan
+from ..export.golden import read_golden
+from ..export.machine import fingerprint, read_machine
+from ..export.measure import LatencyProtocol, laps_path
+from ..export.onnx_export import export_onnx
+from ..export.target import Target, engine_path, read_engine
+from .criteria_result import StructureLatency
+from .data import normalise
+from .device import measured_row, unmeasured_row
+from .display import Display
+from .journal import Journal
+from .report import EngineRow
+from .stages import GOLDEN_IMAGES, Prepared, plan_at, versions
+from .tune import recalibrate
+
+NETWORKS = "networks"
+
+
+class Structure(NamedTuple):
+    """Pruned networks of the same widths. ready: of one of the cells that ended with them."""
+
+    name: str
+    widths: Mapping[str, int]
+    ready: Prepared
+
+
+def measure_structures(
+    structures: Sequence[Structure], folder: Path, display: Display, *, seed: int
+) -> list[StructureLatency]:
+    """Every structure on every target of the recipe, each in a folder of its own that keeps the laps.
+
+    seed: of the order in which dense and pruned take turns.
+
+    A target that cannot run its engine here gives the reason instead of numbers. What was measured before, on this
+    machine and in the same way, is used again.
+    """
+    journal = Journal(folder, display, versions=versions())
+    found = []
+    for target in structures[0].ready.targets:
+        for precision in structures[0].ready.recipe.export.precision:
+            found += _latencies(structures, target, precision, journal, seed)
+    return found
+
+
+def _latencies(
+    structures: Sequence[Structure], target: Target, precision: str, journal: Journal, seed: int
+) -> list[StructureLatency]:
+    """Every structure on one target; where it cannot run the first one's engine here, it could run no other's."""
+    first = _latency(structures[0], target, precision, journal, seed)
+    if first.verdict == "not measured":
+        return [first.model_copy(update={"structure": structure.name}) for structure in structures]
+    return [first, *(_latency(structure, target, precision, journal, seed) for structure in structures[1:])]
+
+
+def _latency(structure: Structure, target: Target, precision: str, journal: Journal, seed: int) -> StructureLatency:
+    ready = structure.ready
+    measure = ready.recipe.measure.model_dump() | {"seed": seed}
+
+    def make(folder: Path) -> Mapping[str, Any]:
+        row = _measured(structure, target, precision, folder, LatencyProtocol.model_validate(measure), journal.display)
+        shutil.rmtree(folder / NETWORKS)
+        return {"row": row.model_dump(mode="json")}
+
+    inputs = {
+        "widths": dict(structure.widths),
+        "network": ready.network,
+        "dense": structure_digest(ready.built.module),
+        "target": str(target.spec),
+        "precision": precision,
+        "export": ready.recipe.export.model_dump(),
+        "measure": measure,
+        "machine": fingerprint(read_machine()),
+    }
+    name = f"measure-{str(target.spec).replace(':', '-').replace(',', '-')}-{precision}-{structure.name[:8]}"
+    result = journal.stage(name, inputs, make)
+    row = EngineRow.model_validate(result.facts["row"])
+    laps = next(iter(result.folder.glob("*.latency.json.gz")), None)
+    return StructureLatency(
+        structure=structure.name,
+        target=row.target,
+        precision=row.precision,
+        dense_ms=row.dense_latency_ms,
+        pruned_ms=row.latency_ms,
+        speedup=row.speedup,
+        verdict=row.verdict,
+        reason=row.reason,
+        protocol=row.protocol,
+        machine=row.machine,
+        laps=f"{journal.work.name}/{name}/{laps.name}" if laps else None,
+    )
+
+
+def _measured(
+    structure: Structure, target: Target, precision: str, folder: Path, protocol: LatencyProtocol, display: Display
+) -> EngineRow:
+    """Both networks exported, the engine built and timed; without the times of single layers, which nobody reads."""
+    networks = folder / NETWORKS
+    networks.mkdir()
+    _export_both(structure, networks)
+    path = engine_path(networks, target.spec, precision)
+    target.build(networks / "model.onnx", path, precision=precision)
+    engine = read_engine(path)
+    reason = target.cannot_run(engine)
+    if reason:
+        return unmeasured_row(engine, f"built, not measured on this machine: {reason}")
+    row = measured_row(
+        target,
+        path,
+        networks / "dense.onnx",
+        read_golden(networks),
+        protocol,
+        display.progress,
+        laps_file=folder / laps_path(path).name,
+    )
+    for advice in row.watch.advice if row.watch else []:
+        display.note(advice)
+    return row.model_copy(update={"layers": None})
+
+
+def _export_both(structure: Structure, folder: Path) -> None:
+    """model.onnx, dense.onnx and golden.npz: the pruned network keeps each group's first channels.
+
+    Its batch norms are set to what they see, so that no value grows or dies on the way through and is slow for that.
+    """
+    ready = structure.ready
+    first = {group.layer: [-float(channel) for channel in range(group.width)] for group in ready.groups}
+    free = {group.layer for group in ready.groups if group.protected is None}
+    plan = plan_at(ready, {layer: width for layer, width in structure.widths.items() if layer in free}, first)
+    pruned = apply_plan(ready.built.module, plan, ready.example)
+    tune, train_set = ready.recipe.tune, ready.data.train
+    n = min(tune.recalibrate_images, len(train_set))
+    recalibrate(pruned, train_set, n=n, batch=tune.batch, seed=ready.recipe.seed)
+    dynamic = ready.recipe.export.dynamic_batch
+    export_onnx(pruned, ready.example, folder / "model.onnx", dynamic_batch=dynamic)
+    export_onnx(ready.built.module, ready.example, folder / "dense.onnx", dynamic_batch=dynamic)
+    golden = normalise(ready.test.read(torch.arange(min(GOLDEN_IMAGES, len(ready.test)))))
+    with torch.no_grad():
+        outputs = torch.cat([pruned(image) for image in golden.split(1)])
+    with (folder / "golden.npz").open("wb") as file:
+        np.savez(file, input=golden.numpy(), output=outputs.numpy())
