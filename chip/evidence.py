@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -90,19 +90,18 @@ def score_all(
     Shapes: batches of (B, 3, H, W), on the model's device -> group -> (C,) float64 on the CPU.
     Unit: of map criteria none, 1 is an average channel, 0 a dead one; of others as said above.
     Cost: one forward pass, one backward pass where gradients are asked for, and each criterion's own time; of the maps
-    only B x C scores are kept. On a GPU the device is waited for once a batch, by `hrank` more often; gradients and
-    masked runs are computed by kernels that repeat, without TF32.
+    only B x C scores are kept. On a GPU the device is waited for once a batch, by `hrank` more often; every pass is
+    computed by kernels that repeat, without TF32, so that no criterion's scores depend on which others are asked for.
     Raises: ValueError naming the layer whose maps, weights or gradients are not finite; ValueError where a criterion
     needs images or labels and there are none.
     """
     wanted = {group.layer: group for group in groups if group.protected is None}
     if not wanted:
         return {criterion.name: Scored({}, {}) for criterion in criteria}
-    by_maps_alone = all(isinstance(criterion, MapCriterion) for criterion in criteria)
-    if cost is None and not by_maps_alone:
+    if cost is None and not all(isinstance(criterion, MapCriterion) for criterion in criteria):
         raise ValueError("criteria that score weights or masked runs need `cost`, the CostModel of the dense network.")
     one_pass = ImagePass(model, wanted, criteria, stopping=stopping, run_images=run_images, shards=shards)
-    with nullcontext() if by_maps_alone else _repeatable():
+    with _repeatable():
         one_pass.take(batches, progress)
     weights: dict[str, GroupWeights] = {}
     if cost is not None and any(isinstance(criterion, WeightCriterion) for criterion in criteria):
@@ -281,7 +280,7 @@ def _plays(
 
 
 def _repeatable() -> AbstractContextManager[None]:
-    """Kernels that repeat, and no TF32: gradients, and differences of runs, may be smaller than its rounding."""
+    """Kernels that repeat, and no TF32: gradients, and differences of runs or maps, may be below its rounding."""
     return torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
 
 

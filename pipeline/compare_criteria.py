@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from itertools import product
@@ -24,6 +25,7 @@ from ..chip.shards import Shards, processes
 from ..chip.surgery import SurgeryRefused, apply_plan, prove
 from ..export.bundle import WORK, write_atomic, write_json_atomic
 from ..export.machine import read_machine
+from . import quantities
 from .criteria_grid import Cell, CriteriaGrid
 from .criteria_latency import Structure, measure_structures
 from .criteria_page import PAGES, write_pages
@@ -42,6 +44,7 @@ from .stages import (
     Prepared,
     alone_in,
     dense_stage,
+    most_removed,
     needs_labels,
     plan_at,
     prepare,
@@ -52,16 +55,21 @@ from .stages import (
     source_digest,
     variant,
     versions,
+    width_multiple,
     widths_by_scores,
 )
-from .tune import evaluate, recalibrate, train
+from .tune import TrainingDiverged, evaluate, recalibrate, train
+from .wording import plural
 
 ASKED = "asked.json"
 CELLS, SCORES, LATENCY = "cells", "scores", "latency"
 OURS = (*PAGES, CELLS, SCORES, LATENCY, WORK, ASKED)
 """Everything that this command writes into its folder; what says whose folder it is goes last."""
-COMPUTING = ("chip-deploy", "torch", "torch-pruning", "lightning", "numpy", "numba", "scipy")
-"""Packages whose version may change a score or an accuracy."""
+COMPUTING = (
+    "chip-deploy", "torch", "torchvision", "timm", "torch-pruning", "lightning", "numpy", "numba", "scipy", "pillow",
+)  # fmt: skip
+"""Packages whose version may change a network, an image, a score or an accuracy."""
+CELL_FAILURES = (TrainingDiverged, SurgeryRefused, CannotCut, ValueError)
 
 CURVES = ("loss", "interaction", "cross_entropy")
 """Of a recovery's record, what a cell leaves out: a value for every step."""
@@ -93,10 +101,11 @@ def compare_criteria(
     The dense network is prepared once. Every seed scores all criteria in one pass over images of its own, as
     `chip-deploy score` does: until what is kept at 70, 50 and 30 % of each group is stable, whatever the budgets. Each
     cell is a file that depends on no other: with resume=True those that are there, also from another folder, are used.
-    Latency depends on widths alone and is measured once for each structure, after everything else.
+    Latency is measured once for each set of widths, on the network of the first cell that ended with it, after
+    everything else: the pages are there by then, and written again with it.
 
     Raises: ValueError and FileNotFoundError for what the user can put right, before any work where it can be known;
-    TargetUnavailable; CannotCut and SurgeryRefused; TrainingDiverged. Finished cells stay.
+    TargetUnavailable; CannotCut, SurgeryRefused and TrainingDiverged, naming the cell. Finished cells stay.
     """
     if processes() > 1:
         raise ValueError("compare-criteria is one process. Run it without torchrun.")
@@ -139,19 +148,38 @@ def _run(grid: CriteriaGrid, ready: Prepared, out: Path, display: Display, comma
     if missing:
         scores = _score_stage(ready, missing, out, display)
         display.stage("cells")
+        started = perf_counter()
         for number, place in enumerate(missing):
-            what = f"{number + 1}/{len(missing)} {place.label}"
+            left = _time_left(perf_counter() - started, number, len(missing))
+            what = f"{number + 1}/{len(missing)}{left}: {place.label}"
             progress = _part(display.progress, number, len(missing), what)
-            found[place.key] = _made_cell(place, scores[place.cell.seed], out, progress)
-    cells = [found[place.key] for place in places]
-    latencies = []
+            with _naming(place.cell):
+                found[place.key] = _made_cell(place, scores[place.cell.seed], out, progress)
+    comparison = _comparison(grid, ready, dense, [found[place.key] for place in places], command)
     if grid.targets:
-        structures = _structures(grid, places, found)
+        notes = [*comparison.notes, "latency has not been measured yet."]
+        write_pages(comparison.model_copy(update={"notes": notes}), out)
+        structures = _structures(grid, places, found, out, display)
         latencies = measure_structures(structures, out / LATENCY, display, seed=grid.recipe.seed)
+        comparison = comparison.model_copy(update={"latencies": latencies})
     display.stage("report")
-    comparison = _comparison(grid, ready, dense, cells, command).model_copy(update={"latencies": latencies})
     write_pages(comparison, out)
     return comparison
+
+
+def _time_left(passed_s: float, done: int, total: int) -> str:
+    """`, 12 min 05 s left`, as far as the cells so far can tell; nothing before the first is done."""
+    return f", {quantities.seconds(passed_s / done * (total - done))} left" if done else ""
+
+
+@contextlib.contextmanager
+def _naming(cell: Cell) -> Iterator[None]:
+    """What fails in the block says in which cell. Raises: one of CELL_FAILURES, whose subclasses become it."""
+    try:
+        yield
+    except CELL_FAILURES as err:
+        kind = next(kind for kind in CELL_FAILURES if isinstance(err, kind))
+        raise kind(f"{cell.label}: {err}") from err
 
 
 # -- before any work ---------------------------------------------------------------------------------------------------
@@ -191,10 +219,13 @@ def _named(one: str, many: str, names: Sequence[str]) -> str:
 
 
 def _asked(grid: CriteriaGrid) -> dict[str, Any]:
-    """What the folder is for: the shared recipe, and the lists."""
+    """What the folder is for: the shared recipe, with what its widths are a multiple of, and the lists."""
+    recipe = grid.shared()
+    # Targets come and go, and what they pay for decides about widths where the recipe does not.
+    prune = recipe.prune.model_copy(update={"round_to": width_multiple(grid.recipe)})
     return {
         "schema": "chip-deploy.criteria-asked/1",
-        "recipe": grid.shared().model_dump(mode="json"),
+        "recipe": recipe.model_copy(update={"prune": prune}).model_dump(mode="json"),
         "lists": {
             "criteria": list(grid.criteria),
             "budgets": [budget.model_dump() for budget in grid.budgets],
@@ -217,13 +248,41 @@ def _require_own_folder(out: Path, grid: CriteriaGrid, *, resume: bool) -> None:
             f"nothing but {CELLS}/ and {SCORES}/ can be used with --resume."
         )
     asked = _asked(grid)
-    if before.get("recipe") != asked["recipe"]:
-        raise ValueError(f"{out} holds a comparison by another recipe. Give another --out, or remove {out}.")
-    if not resume and before != asked:
+    _require_same_recipe(out, before.get("recipe"), asked["recipe"])
+    if resume:
+        return
+    if before != asked:
         raise ValueError(
             f"{out} holds a comparison of other criteria, budgets, allocations or seeds. Add --resume, which keeps its "
             "cells, or give another --out."
         )
+    others = _cells_besides(out / CELLS, grid)
+    if others:
+        raise ValueError(
+            f"{out} holds {plural(others, 'cell')} of other criteria, budgets, allocations or seeds as well, and would "
+            "lose them. Add --resume, which keeps them, or give another --out."
+        )
+
+
+def _require_same_recipe(out: Path, before: Any, asked: dict[str, Any]) -> None:
+    """Raises: ValueError, naming the multiple of the widths where it is all that differs."""
+    if before == asked:
+        return
+    prune = before.get("prune") if isinstance(before, dict) else None
+    step, wanted = prune.get("round_to") if isinstance(prune, dict) else None, asked["prune"]["round_to"]
+    if step is not None and before == {**asked, "prune": {**asked["prune"], "round_to": step}}:
+        raise ValueError(
+            f"{out} holds cells whose widths are multiples of {step}, and multiples of {wanted} are asked for now, by "
+            f"the targets or by prune.round_to; no cell would serve. Set prune.round_to={step}, or give another --out."
+        )
+    raise ValueError(f"{out} holds a comparison by another recipe. Give another --out, or remove {out}.")
+
+
+def _cells_besides(folder: Path, grid: CriteriaGrid) -> int:
+    """How many results lie there of cells that this grid does not have."""
+    asked = set(grid.cells)
+    found = [_cell_in(path) for path in folder.glob("*.json")]
+    return sum(result is not None and result.cell not in asked for result in found)
 
 
 def _read_asked(path: Path) -> dict[str, Any] | None:
@@ -269,6 +328,7 @@ def _shared_inputs(ready: Prepared) -> dict[str, Any]:
         "code": source_digest(recipe.model.name),
         "dense": weights_digest(ready.built.module),
         "data": ready.data.digest,
+        "flip": ready.data.flip,
         "size": ready.data.size,
         "versions": {name: known[name] for name in COMPUTING if name in known},
         "cuda": torch.cuda.is_available(),
@@ -294,12 +354,17 @@ def _cut_inputs(ready: Prepared) -> dict[str, Any]:
 
 
 def _read_cell(place: _Place) -> CellResult | None:
-    """The cell's result, if it was made from the very same things; a damaged file counts as none."""
+    """The cell's result, if it was made from the very same things."""
+    found = _cell_in(place.path)
+    return found if found is not None and (found.key, found.cell) == (place.key, place.cell) else None
+
+
+def _cell_in(path: Path) -> CellResult | None:
+    """The result in that file; a damaged one counts as none."""
     try:
-        found = CellResult.model_validate_json(place.path.read_text(encoding="utf-8"))
+        return CellResult.model_validate_json(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, IsADirectoryError, UnicodeDecodeError, ValidationError):
         return None
-    return found if (found.key, found.cell) == (place.key, place.cell) else None
 
 
 def _made_cell(place: _Place, scores: Mapping[str, Scored], out: Path, progress: Progress) -> CellResult:
@@ -334,7 +399,7 @@ def _made_cell(place: _Place, scores: Mapping[str, Scored], out: Path, progress:
 def _judged(
     place: _Place, plan: PrunePlan, pruned: nn.Module, work: Path, progress: Progress
 ) -> tuple[CellAccuracy, dict[str, Any] | None]:
-    """Accuracy after the cut, after recalibration, and after recovery and tuning where they are asked for."""
+    """Accuracy after the cut, and after recalibration, recovery and tuning where they were done."""
     ready, tune = place.ready, place.ready.recipe.tune
     train_set = ready.data.train
     if not ready.data.has_accuracy:
@@ -347,8 +412,8 @@ def _judged(
 
     after: dict[str, float] = {"cut": top1()}
     n, seed = min(tune.recalibrate_images, len(train_set)), ready.recipe.seed
-    recalibrate(pruned, train_set, n=n, batch=tune.batch, seed=seed, progress=next(step))
-    after["recalibrated"] = top1()
+    if recalibrate(pruned, train_set, n=n, batch=tune.batch, seed=seed, progress=next(step)):
+        after["recalibrated"] = top1()
     recovery = None
     if tune.recover is not None:
         recovery = recover_pruned(pruned, ready, plan, next(step)).model_dump(exclude={"seconds", *CURVES})
@@ -435,14 +500,31 @@ def _channel_scores(ready: Prepared, found: Mapping[str, Scored]) -> ChannelScor
 # -- the result --------------------------------------------------------------------------------------------------------
 
 
-def _structures(grid: CriteriaGrid, places: Sequence[_Place], found: Mapping[str, CellResult]) -> list[Structure]:
-    """Every set of widths that the cells ended with, once, budget by budget."""
-    structures: dict[str, Structure] = {}
+def _structures(
+    grid: CriteriaGrid, places: Sequence[_Place], found: Mapping[str, CellResult], out: Path, display: Display
+) -> list[Structure]:
+    """Every set of widths that the cells ended with, once, as the network of the first such cell, budget by budget.
+
+    The channels that it keeps follow from its scores, which are made again where the folder has cells alone.
+    """
+    firsts: dict[str, _Place] = {}
+    for place in places:
+        firsts.setdefault(found[place.key].structure, place)
     order = {(budget, way): n for n, (budget, way) in enumerate(product(grid.budgets, grid.allocations))}
-    for place in sorted(places, key=lambda place: order[place.cell.budget, place.cell.allocation]):
-        result = found[place.key]
-        structures.setdefault(result.structure, Structure(result.structure, result.widths, place.ready))
-    return list(structures.values())
+    ordered = sorted(firsts.items(), key=lambda item: order[item[1].cell.budget, item[1].cell.allocation])
+    scores = _score_stage(places[0].ready, list(firsts.values()), out, display)
+    return [
+        Structure(name, _plan_of(place, found[place.key], scores[place.cell.seed]), place.ready)
+        for name, place in ordered
+    ]
+
+
+def _plan_of(place: _Place, result: CellResult, scores: Mapping[str, Scored]) -> PrunePlan:
+    """The plan that the cell was cut by."""
+    free = [group.layer for group in place.ready.groups if group.protected is None]
+    scored = _channel_scores(place.ready, scores)
+    widths = {layer: result.widths[layer] for layer in free}
+    return plan_at(place.ready, widths, {layer: vector.tolist() for layer, vector in scored.scores.items()})
 
 
 def _comparison(
@@ -476,6 +558,11 @@ def _comparison(
         versions=versions(),
         recipe=recipe.model_dump(mode="json"),
         digests={"dense_weights": weights_digest(ready.built.module), "data": ready.data.digest},
+        labels={
+            cell.criterion: label
+            for cell in grid.settings
+            if (label := grid.recipe_of(cell).score.label) != cell.criterion
+        },
     )
 
 
@@ -494,15 +581,31 @@ def _notes(grid: CriteriaGrid, ready: Prepared, cells: Sequence[CellResult]) -> 
         "a seed decides which images score, recalibrate and recover, their order, what is drawn, and the order of "
         "tuning; the dense network is the same for all."
     )
+    if ready.data.has_accuracy and all(cell.accuracy.recalibrated is None for cell in cells):
+        notes.append("nothing was recalibrated: there is no batch norm, or tune.recalibrate_images = 0.")
     notes.append(
         f"every group keeps a multiple of {rules.round_to} channels where its width allows it, never below "
-        f"{rules.min_width}; every cut was proved in float64, the largest relative gap was "
+        f"{rules.min_width}{_shares_kept(grid)}; every cut was proved in float64, the largest relative gap was "
         f"{max(cell.proof_gap for cell in cells):.1e}."
     )
+    if grid.targets:
+        notes.append(
+            "networks of the same widths share one latency, measured on the first cell that ended with them; behind "
+            "an option-A shortcut they differ a little in which channels they copy."
+        )
     abstract = [name for name in grid.criteria if make_criterion(name).grade == "after the abstract"]
     if abstract:
         notes.append(f"built after the abstracts of papers, the rest our choice: {', '.join(abstract)}.")
     return [*notes, *_dense_groups(grid, ready)]
+
+
+def _shares_kept(grid: CriteriaGrid) -> str:
+    """What groups keep besides the floor, by allocation; empty where that is nothing."""
+    shares = {cell.allocation: round(1 - most_removed(grid.recipe_of(cell)), 9) for cell in grid.settings}
+    kept = [f"at least {100 * share:.4g} % of its width by {way}" for way, share in shares.items() if share > 0]
+    bare = [way for way, share in shares.items() if share == 0]
+    down = f", while {' and '.join(bare)} may go down to that floor" if bare else ""
+    return f", and {' and '.join(kept)}{down}" if kept else ""
 
 
 def _dense_groups(grid: CriteriaGrid, ready: Prepared) -> list[str]:

@@ -40,11 +40,12 @@ SVG_STYLE = f"""
 
 
 def criteria_svg(comparison: CriteriaComparison) -> str:
-    """Accuracy to the right, criteria by falling mean after recalibration; marks are means, bars ranges over seeds.
+    """Accuracy to the right, criteria by the falling mean that rows are ordered by; bars are ranges over seeds.
 
-    Marks tell the stage by their shape: hollow circle right after the cut, circle after recalibration, square after
-    recovery, diamond after tuning. The number is the mean of the last stage. Allocations have lines and colours of
-    their own, and their names beside them. The dashed line is the dense network. There must be accuracies.
+    Marks are means, and tell the stage by their shape: hollow circle right after the cut, circle after recalibration,
+    square after recovery, diamond after tuning. The number is the mean of the last stage. Every allocation has a line
+    of its own with its name beside it; the first has one colour, all others share the second. The dashed line is the
+    dense network. There must be accuracies.
     """
     axis = _axis(comparison)
     top, panels = TOP, []
@@ -79,11 +80,11 @@ def _panel_rows(comparison: CriteriaComparison, budget: CutBudget) -> list[list[
             by_criterion.setdefault(row.criterion, []).append(row)
     for rows in by_criterion.values():
         rows.sort(key=lambda row: comparison.allocations.index(row.allocation))
-    return sorted(by_criterion.values(), key=lambda rows: -_recalibrated(rows[0]))
+    return sorted(by_criterion.values(), key=lambda rows: -_mean(rows[0]))
 
 
-def _recalibrated(row: CriteriaRow) -> float:
-    return row.recalibrated.mean if row.recalibrated else 0.0
+def _mean(row: CriteriaRow) -> float:
+    return row.untaught.mean if row.untaught else 0.0
 
 
 def _panel_height(rows: Sequence[Sequence[CriteriaRow]]) -> int:
@@ -116,7 +117,7 @@ def _panel(comparison: CriteriaComparison, budget: CutBudget, rows: Sequence[Seq
     parts = [f'<text class="title" x="12" y="18">{_text(budget.label)}</text>', *_grid(comparison, axis, left, bottom)]
     y = float(HEAD)
     for lines in rows:
-        parts.append(f'<text x="12" y="{y + LINE / 2 + 5:.1f}">{_text(lines[0].criterion)}</text>')
+        parts.append(f'<text x="12" y="{y + LINE / 2 + 5:.1f}">{_text(comparison.label(lines[0].criterion))}</text>')
         for row in lines:
             parts.append(_line(comparison, row, axis, left, y + LINE / 2))
             y += LINE
@@ -154,7 +155,8 @@ def _line(comparison: CriteriaComparison, row: CriteriaRow, axis: Axis, left: in
         x, low, high = (_x(100 * value, axis, left) for value in (found.mean, found.low, found.high))
         parts.append(f'<path class="range" d="M{low:.1f} {y:.1f}H{high:.1f}"/>' if found.n > 1 else "")
         span = f", {100 * found.low:.2f} to {100 * found.high:.2f}" if found.n > 1 else ""
-        told = f"{row.criterion}, {row.allocation}, {LEGEND[stage]}: {100 * found.mean:.2f} %{span}"
+        name = comparison.label(row.criterion)
+        told = f"{name}, {row.allocation}, {LEGEND[stage]}: {100 * found.mean:.2f} %{span}"
         parts.append(_mark(stage, x, y, told))
     if last is not None:
         parts.append(f'<text x="{WIDTH - 10}" y="{y + 5:.1f}" text-anchor="end">{100 * last.mean:.1f}</text>')
@@ -182,10 +184,12 @@ def _in_words(comparison: CriteriaComparison) -> str:
     told = []
     for budget in comparison.budgets:
         order = ", ".join(
-            f"{rows[0].criterion} {100 * _recalibrated(rows[0]):.1f}" for rows in _panel_rows(comparison, budget)
+            f"{comparison.label(rows[0].criterion)} {100 * _mean(rows[0]):.1f}"
+            for rows in _panel_rows(comparison, budget)
         )
         told.append(f"{budget.label}, {comparison.allocations[0]}: {order}")
-    return f"mean top-1 accuracy after recalibration in percent. {'; '.join(told)}"
+    when = "right after the cut" if comparison.ranked_by == "cut" else "after recalibration"
+    return f"mean top-1 accuracy {when} in percent. {'; '.join(told)}"
 
 
 def _text(text: str) -> str:

@@ -1,4 +1,4 @@
-"""The latency of every pruned structure of a comparison, in turns with the dense network; weights do not matter."""
+"""The latency of every pruned structure of a comparison, on one cell's network, in turns with the dense network."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from ..chip.plan import structure_digest
+from ..chip.plan import PrunePlan, structure_digest
 from ..chip.surgery import apply_plan
 from ..export.golden import read_golden
 from ..export.machine import fingerprint, read_machine
@@ -21,19 +21,19 @@ from .criteria_result import StructureLatency
 from .data import normalise
 from .device import measured_row, unmeasured_row
 from .display import Display
-from .journal import Journal
+from .journal import Journal, digest_of
 from .report import EngineRow
-from .stages import GOLDEN_IMAGES, Prepared, plan_at, versions
+from .stages import GOLDEN_IMAGES, Prepared, versions
 from .tune import recalibrate
 
 NETWORKS = "networks"
 
 
 class Structure(NamedTuple):
-    """Pruned networks of the same widths. ready: of one of the cells that ended with them."""
+    """Pruned networks of the same widths. plan, ready: of the first of the cells that ended with them."""
 
     name: str
-    widths: Mapping[str, int]
+    plan: PrunePlan
     ready: Prepared
 
 
@@ -42,6 +42,8 @@ def measure_structures(
 ) -> list[StructureLatency]:
     """Every structure on every target of the recipe, each in a folder of its own that keeps the laps.
 
+    Networks of the same widths share one measurement, that of the first cell. Their weights do not matter; but behind
+    an option-A shortcut, which copies channels by their number, they differ a little in which channels they copy.
     seed: of the order in which dense and pruned take turns.
 
     A target that cannot run its engine here gives the reason instead of numbers. What was measured before, on this
@@ -75,7 +77,7 @@ def _latency(structure: Structure, target: Target, precision: str, journal: Jour
         return {"row": row.model_dump(mode="json")}
 
     inputs = {
-        "widths": dict(structure.widths),
+        "kept": digest_of(structure.plan.kept),
         "network": ready.network,
         "dense": structure_digest(ready.built.module),
         "target": str(target.spec),
@@ -131,15 +133,12 @@ def _measured(
 
 
 def _export_both(structure: Structure, folder: Path) -> None:
-    """model.onnx, dense.onnx and golden.npz: the pruned network keeps each group's first channels.
+    """model.onnx, dense.onnx and golden.npz: the pruned network keeps the channels that the cell's plan keeps.
 
     Its batch norms are set to what they see, so that no value grows or dies on the way through and is slow for that.
     """
     ready = structure.ready
-    first = {group.layer: [-float(channel) for channel in range(group.width)] for group in ready.groups}
-    free = {group.layer for group in ready.groups if group.protected is None}
-    plan = plan_at(ready, {layer: width for layer, width in structure.widths.items() if layer in free}, first)
-    pruned = apply_plan(ready.built.module, plan, ready.example)
+    pruned = apply_plan(ready.built.module, structure.plan, ready.example)
     tune, train_set = ready.recipe.tune, ready.data.train
     n = min(tune.recalibrate_images, len(train_set))
     recalibrate(pruned, train_set, n=n, batch=tune.batch, seed=ready.recipe.seed)

@@ -17,7 +17,7 @@ from ..export.verdict_files import markdown_text
 from . import quantities
 from .compare_page import html_page, html_table, markdown_table, scrolling
 from .criteria_chart import criteria_svg
-from .criteria_grid import CutBudget
+from .criteria_grid import Cell, CutBudget
 from .criteria_result import (
     CriteriaComparison,
     CriteriaRow,
@@ -31,6 +31,7 @@ PAGES = ("criteria.json", "criteria.md", "criteria.html", "criteria.svg")
 HEADS = {"cut": "after cut", "recalibrated": "recalibrated", "recovered": "recovered", "tuned": "tuned"}
 TERMINAL = 80
 GAP = 2
+UNSTABLE = "*"
 LATENCY_COLUMNS = ("widths", "dense p50", "pruned p50", "speed-up", "verdict")
 
 
@@ -132,9 +133,14 @@ def _summary(comparison: CriteriaComparison) -> str:
 def _legend(comparison: CriteriaComparison) -> str:
     seeds = plural(len(comparison.seeds), "seed")
     what = "Top-1 accuracy in %" if comparison.stages else "Shares of the dense network in %"
-    if len(comparison.seeds) == 1:
-        return f"{what}, one seed."
-    return f"{what}: mean (lowest to highest) over {seeds}; rows by the mean after recalibration."
+    over = ", one seed" if len(comparison.seeds) == 1 else f": mean (lowest to highest) over {seeds}"
+    order = f"; rows by the mean {_when(comparison)}" if comparison.stages else ""
+    doubt = any(each.verdict == "unstable" for each in comparison.latencies)
+    return f"{what}{over}{order}." + (f" {UNSTABLE} marks a p50 whose laps were unstable." if doubt else "")
+
+
+def _when(comparison: CriteriaComparison) -> str:
+    return "right after the cut" if comparison.ranked_by == "cut" else "after recalibration"
 
 
 def _boards(comparison: CriteriaComparison) -> list[_Board]:
@@ -156,7 +162,7 @@ def _board(comparison: CriteriaComparison, budget: CutBudget, allocation: str) -
     for row in rows:
         accuracies = [getattr(row, stage) for stage in stages]
         values = [_percents(each, n) for each in accuracies] or [_shares(row.macs_kept), _shares(row.params_kept)]
-        lines.append((row.criterion, [*values, *(_p50(comparison, row, key) for key in targets)]))
+        lines.append((comparison.label(row.criterion), [*values, *(_p50(comparison, row, key) for key in targets)]))
     left = [value for row in rows for value in (row.macs_kept.low, row.macs_kept.high)]
     span = _range(f"{100 * min(left):.1f}", f"{100 * max(left):.1f}")
     heading = f"{budget.label}, {allocation}: {span} % of the MACs left"
@@ -168,18 +174,21 @@ def _paired_board(comparison: CriteriaComparison, allocation: str) -> _Board:
     values = {(row.criterion, row.budget): _points(row.difference, comparison.dense.n) for row in rows}
     criteria = dict.fromkeys(row.criterion for row in rows)
     return _Board(
-        f"{allocation} against {rows[0].against}: points of accuracy after recalibration",
+        f"{allocation} against {rows[0].against}: points of accuracy {_when(comparison)}",
         [f"{100 * budget.value:.4g} % {budget.kind}" for budget in comparison.budgets],
         [
-            (criterion, [values.get((criterion, budget), _Value("-")) for budget in comparison.budgets])
+            (
+                comparison.label(criterion),
+                [values.get((criterion, budget), _Value("-")) for budget in comparison.budgets],
+            )
             for criterion in criteria
         ],
     )
 
 
 def sorted_rows(rows: Sequence[CriteriaRow]) -> list[CriteriaRow]:
-    """The rows by falling mean accuracy after recalibration; as they are where there is none."""
-    return sorted(rows, key=lambda row: -(row.recalibrated.mean if row.recalibrated else 0.0))
+    """The rows by falling mean accuracy before anything is learnt again; as they are where there is none."""
+    return sorted(rows, key=lambda row: -(row.untaught.mean if row.untaught else 0.0))
 
 
 def _percents(value: Spread | None, n: int) -> _Value:
@@ -206,17 +215,21 @@ def _range(low: str, high: str) -> str:
 
 
 def _p50(comparison: CriteriaComparison, row: CriteriaRow, key: tuple[str, str]) -> _Value:
-    """The median latency of the row's structures: the mean of them, and their range where they are several."""
-    found = [
-        each.pruned_ms.p50
+    """The median latency, as the mean over the row's cells, and its range where they are not all of one structure.
+
+    None of it where one cell's is missing: a mean over the others would be of other seeds.
+    """
+    by_structure = {
+        each.structure: (each.pruned_ms.p50, each.verdict)
         for each in comparison.latencies
-        if each.structure in row.structures and (each.target, each.precision) == key
-        and each.pruned_ms is not None and each.pruned_ms.p50 is not None
-    ]  # fmt: skip
-    if not found:
+        if (each.target, each.precision) == key and each.pruned_ms is not None and each.pruned_ms.p50 is not None
+    }
+    if not set(row.structures) <= by_structure.keys():
         return _Value("-")
-    low, high = quantities.significant(min(found)), quantities.significant(max(found))
-    return _Value(quantities.significant(sum(found) / len(found)), f"{low}–{high}" if len(found) > 1 else "")
+    p50s_ms, verdicts = zip(*(by_structure[structure] for structure in row.structures), strict=True)
+    low, mean, high = map(quantities.significant, (min(p50s_ms), sum(p50s_ms) / len(p50s_ms), max(p50s_ms)))
+    mark = UNSTABLE if "unstable" in verdicts else ""
+    return _Value(f"{mean}{mark}", f"{low}–{high}" if len(set(row.structures)) > 1 else "")
 
 
 def _verdicts(comparison: CriteriaComparison) -> list[str]:
@@ -293,10 +306,18 @@ def _speedup(latency: StructureLatency) -> str:
 
 def _whose(comparison: CriteriaComparison, structure: str) -> str:
     """Whose widths they are: `50 % macs uniform`, and which criteria and seeds where it is not all of them."""
-    cells = [each.cell for each in comparison.cells if each.structure == structure]
+    owners: dict[tuple[CutBudget, str], list[Cell]] = {}
+    for each in comparison.cells:
+        if each.structure == structure:
+            owners.setdefault((each.cell.budget, each.cell.allocation), []).append(each.cell)
+    return "; ".join(_owner(comparison, cells) for cells in owners.values())
+
+
+def _owner(comparison: CriteriaComparison, cells: Sequence[Cell]) -> str:
+    """Those cells of one budget and allocation in a few words."""
     first = cells[0]
     budget = f"{100 * first.budget.value:.4g} % {first.budget.kind} {first.allocation}"
-    criteria = list(dict.fromkeys(cell.criterion for cell in cells))
+    criteria = list(dict.fromkeys(comparison.label(cell.criterion) for cell in cells))
     seeds = list(dict.fromkeys(cell.seed for cell in cells))
     named = ", ".join(criteria) if len(criteria) < 3 else f"{len(criteria)} criteria"
     by = [] if len(criteria) == len(comparison.criteria) else [named]

@@ -23,13 +23,21 @@ class _Part(BaseModel):
 
 
 class CellAccuracy(_Part):
-    """Top-1 accuracy on `n` images, the same for all cells; None for what was not done. Without labels n is 0."""
+    """Top-1 accuracy on `n` images, the same for all cells; None for what was not done. Without labels n is 0.
+
+    recalibrated: None also where the network has no batch norm to recalibrate.
+    """
 
     n: int = Field(ge=0)
     cut: Fraction | None = None
     recalibrated: Fraction | None = None
     recovered: Fraction | None = None
     tuned: Fraction | None = None
+
+    @property
+    def untaught(self) -> float | None:
+        """Before anything is learnt again: after recalibration, or right after the cut where there is none."""
+        return self.cut if self.recalibrated is None else self.recalibrated
 
 
 class CellResult(_Part):
@@ -74,7 +82,11 @@ class Spread(_Part):
 
 
 class CriteriaRow(_Part):
-    """One criterion, allocation and budget over all seeds. macs_kept, params_kept: in shares of the dense network."""
+    """One criterion, allocation and budget over all seeds.
+
+    macs_kept, params_kept: in shares of the dense network. structures: of every seed's cell, in the order of the seeds;
+    the same one again where seeds ended with the same widths.
+    """
 
     criterion: str
     allocation: str
@@ -87,11 +99,16 @@ class CriteriaRow(_Part):
     params_kept: Spread
     structures: list[str]
 
+    @property
+    def untaught(self) -> Spread | None:
+        """As `CellAccuracy.untaught`: what rows are ordered by."""
+        return self.cut if self.recalibrated is None else self.recalibrated
+
 
 class PairedRow(_Part):
-    """How much more accuracy than by `against` one allocation leaves after recalibration, seed by seed.
+    """How much more accuracy than by `against` one allocation leaves before anything is learnt again, seed by seed.
 
-    difference: in fractions of the images; better, worse, equal: in how many seeds.
+    difference: in fractions of the images; better, worse, equal: in how many seeds. Both count whole images.
     """
 
     criterion: str
@@ -107,7 +124,9 @@ class PairedRow(_Part):
 class StructureLatency(_Part):
     """One pruned structure on one target, measured in turns with the dense network; or the reason why not.
 
-    laps: the file with every lap, relative to the folder of the comparison.
+    What was measured is the network of the first cell that ended with these widths; others with the same widths may
+    differ from it in which channels a shortcut copies. laps: the file with every lap, relative to the folder of the
+    comparison.
     """
 
     structure: str
@@ -148,6 +167,17 @@ class CriteriaComparison(_Part):
     versions: dict[str, str]
     recipe: dict[str, Any]
     digests: dict[str, str]
+    labels: dict[str, str] = {}
+    """Of criteria that ran in a mode of theirs, the name with the mode."""
+
+    def label(self, criterion: str) -> str:
+        """What a table calls that criterion: `chip joint`."""
+        return self.labels.get(criterion, criterion)
+
+    @property
+    def ranked_by(self) -> str | None:
+        """The stage by which rows are ordered and allocations compared; None where no accuracy exists."""
+        return next((stage for stage in ("recalibrated", "cut") if stage in self.stages), None)
 
     @property
     def stages(self) -> list[str]:
@@ -155,15 +185,17 @@ class CriteriaComparison(_Part):
         return [stage for stage in STAGES if any(getattr(row, stage) is not None for row in self.rows)]
 
 
-def spread(values: Iterable[float]) -> Spread:
-    """The mean and the range of at least one value.
+def spread(values: Iterable[float], *, per: int = 1) -> Spread:
+    """The mean and the range of at least one value, in shares of `per`.
 
     >>> spread([0.5, 0.75, 1.0])
     Spread(mean=0.75, low=0.5, high=1.0, n=3)
+    >>> spread([1, 2, -3], per=1000)
+    Spread(mean=0.0, low=-0.003, high=0.002, n=3)
     """
     found = list(values)
-    low, high = min(found), max(found)
-    return Spread(mean=min(max(sum(found) / len(found), low), high), low=low, high=high, n=len(found))
+    low, high = min(found) / per, max(found) / per
+    return Spread(mean=min(max(sum(found) / (len(found) * per), low), high), low=low, high=high, n=len(found))
 
 
 def criteria_rows(cells: Sequence[CellResult], dense: DenseNetwork) -> list[CriteriaRow]:
@@ -182,7 +214,7 @@ def criteria_rows(cells: Sequence[CellResult], dense: DenseNetwork) -> list[Crit
                 tuned=_spread_of(same, "tuned"),
                 macs_kept=spread(each.macs / dense.macs for each in same),
                 params_kept=spread(each.params / dense.params for each in same),
-                structures=list(dict.fromkeys(each.structure for each in same)),
+                structures=[each.structure for each in same],
             )
         )
     return rows
@@ -191,16 +223,16 @@ def criteria_rows(cells: Sequence[CellResult], dense: DenseNetwork) -> list[Crit
 def paired_rows(cells: Sequence[CellResult], *, against: str) -> list[PairedRow]:
     """Every other allocation beside that one: for each criterion and budget, the differences of the same seeds.
 
-    Empty where no accuracy exists.
+    Differences are whole images, so that what is equal is equal. Empty where no accuracy exists.
     """
     groups = _grouped(cells)
     rows = []
     for (criterion, allocation, budget), same in groups.items():
         control = {each.cell.seed: each for each in groups.get((criterion, against, budget), [])}
         pairs = [(each, control[each.cell.seed]) for each in same if each.cell.seed in control]
-        gaps = [ours - theirs for each, other in pairs
-            if (ours := each.accuracy.recalibrated) is not None
-            and (theirs := other.accuracy.recalibrated) is not None]  # fmt: skip
+        gaps = [round((ours - theirs) * each.accuracy.n) for each, other in pairs
+            if (ours := each.accuracy.untaught) is not None
+            and (theirs := other.accuracy.untaught) is not None]  # fmt: skip
         if allocation == against or not gaps:
             continue
         rows.append(
@@ -209,7 +241,7 @@ def paired_rows(cells: Sequence[CellResult], *, against: str) -> list[PairedRow]
                 budget=budget,
                 allocation=allocation,
                 against=against,
-                difference=spread(gaps),
+                difference=spread(gaps, per=same[0].accuracy.n),
                 better=sum(gap > 0 for gap in gaps),
                 worse=sum(gap < 0 for gap in gaps),
                 equal=sum(gap == 0 for gap in gaps),

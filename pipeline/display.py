@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Protocol
 
 from rich.console import Console
@@ -12,6 +13,8 @@ from rich.text import Text
 
 NAME_WIDTH = 10
 BAR_WIDTH = 24
+LOG_PART = 0.1  # of a stage, and
+LOG_PAUSE_S = 60.0  # seconds must have passed before a log hears of a stage again
 
 
 class Display(Protocol):
@@ -94,22 +97,32 @@ class RichDisplay:
 
 
 class PlainDisplay:
-    """One line a stage: its name when it begins, its seconds when it ends. For logs and pipes; never a flood."""
+    """One line a stage: its name when it begins, its seconds when it ends. For logs and pipes; never a flood.
 
-    def __init__(self, console: Console) -> None:
+    A stage that takes minutes tells how far it is as well: a line a tenth, and at most one a minute.
+    """
+
+    def __init__(self, console: Console, *, clock_s: Callable[[], float] = time.monotonic) -> None:
         self._console = console
+        self._clock_s = clock_s
         self._running: tuple[str, float] | None = None
+        self._told: tuple[float, float] = 0.0, 0.0  # how far the stage was in the line before, and when
         self._line_is_open = False
 
     def stage(self, name: str) -> None:
         """Begins a line with the name of the stage."""
         self._end_stage()
-        self._running = (name, time.monotonic())
+        now_s = self._clock_s()
+        self._running, self._told = (name, now_s), (0.0, now_s)
         self._write(f"{name:<{NAME_WIDTH}} ")
         self._line_is_open = True
 
     def progress(self, fraction: float, text: str = "") -> None:
-        """Nothing: a log is not the place for it."""
+        """Writes a line where both a tenth of the stage and a minute have passed since the one before."""
+        (part, since_s), now_s = self._told, self._clock_s()
+        if self._running and fraction >= part + LOG_PART and now_s >= since_s + LOG_PAUSE_S:
+            self._told = fraction, now_s
+            self.note(f"{self._running[0]:<{NAME_WIDTH}} {100 * fraction:6.0f} % {text}".rstrip())
 
     def note(self, text: str) -> None:
         """Writes a sentence on a line of its own."""
@@ -131,7 +144,7 @@ class PlainDisplay:
         name, started = self._running
         again = "" if self._line_is_open else f"{name:<{NAME_WIDTH}} "
         self._running, self._line_is_open = None, False
-        self._write(f"{again}{time.monotonic() - started:8.1f} s\n")
+        self._write(f"{again}{self._clock_s() - started:8.1f} s\n")
 
     def _close_line(self) -> None:
         if self._line_is_open:

@@ -310,7 +310,7 @@ def prepare(
     cost = CostModel(built.module, example)
     found = ChannelGraph(built.module, example).groups
     groups = judged_groups(built.module, found, criteria, cost=cost)
-    rules = _rules(recipe, targets)
+    rules = _rules(recipe)
     widths = _early_widths(recipe, groups, cost, rules) if needs_cut else {}
     ready = Prepared(
         recipe,
@@ -346,7 +346,7 @@ def variant(ready: Prepared, recipe: Recipe) -> Prepared:
     criteria, groups = _criteria(recipe), ready.groups
     if [each.name for each in criteria] != [each.name for each in ready.criteria]:
         groups = judged_groups(ready.built.module, ready.found_groups, criteria, cost=ready.cost)
-    rules = _rules(recipe, ready.targets)
+    rules = _rules(recipe)
     images = _sampled(
         ready.data.train, recipe.score.images, recipe.seed, "score.images", otherwise=_most_images(recipe)
     )
@@ -393,11 +393,21 @@ def _require_weights(recipe: Recipe, data: DataSet) -> None:
         )
 
 
-def _rules(recipe: Recipe, targets: list[Target]) -> Rules:
-    steps = [width_step(target.spec, precision) for target in targets for precision in recipe.export.precision]
+def _rules(recipe: Recipe) -> Rules:
+    return Rules(width_multiple(recipe), recipe.prune.min_width, most_removed(recipe))
+
+
+def width_multiple(recipe: Recipe) -> int:
+    """What widths are a multiple of: what the recipe says, or the coarsest step that its targets pay for."""
+    specs = [parse_target(text) for text in recipe.targets]
+    steps = [width_step(spec, precision) for spec in specs for precision in recipe.export.precision]
+    return recipe.prune.round_to or max(steps, default=1)
+
+
+def most_removed(recipe: Recipe) -> float:
+    """The largest share of its channels that a group may lose."""
     asked = recipe.prune
-    most_removed = asked.max_ratio or (MOST_REMOVED if asked.allocation in BY_SCORES else 1.0)
-    return Rules(asked.round_to or max(steps, default=1), asked.min_width, most_removed)
+    return asked.max_ratio or (MOST_REMOVED if asked.allocation in BY_SCORES else 1.0)
 
 
 def _criteria(recipe: Recipe) -> list[Criterion]:

@@ -42,8 +42,8 @@ class TrainSettings(Protocol):
     A section may also have `train`, which replaces the loop below by the user's own `package.module:function`. It is
     called with (model, train_images, test_images, settings): the images are data.Images (uint8, see data.normalise),
     `settings` is this section, the model is in training mode on the CPU. It trains that model in place and returns
-    None, or returns a model of the same structure whose weights are then taken over. Continuing a killed run is then
-    the function's own business.
+    None, or returns a model of the same structure whose weights are then taken over. torch's own random numbers are
+    seeded before it begins and put back after it. Continuing a killed run is then the function's own business.
     """
 
     @property
@@ -91,15 +91,16 @@ class TrainRecord(BaseModel, frozen=True):
 
 def recalibrate(
     model: nn.Module, images: Images, *, n: int, batch: int, seed: int, progress: Progress | None = None
-) -> None:
+) -> int:
     """Set the statistics of every batch norm to their mean over n images (all, where there are fewer), seeded order.
 
-    Nothing else changes; without batch norms nothing does. The images are shown as they are, not augmented.
+    Nothing else changes; without batch norms nothing does. The images are shown as they are, not augmented. Returned is
+    how many images were shown: 0 where nothing was set.
     Raises: ValueError for a single image, whose deviation is unknown.
     """
     norms = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.running_mean is not None]
     if not norms or n == 0:
-        return
+        return 0
     chosen = shuffled(len(images), seed, "recalibrate")[:n]
     if len(chosen) < 2:
         raise ValueError(
@@ -117,6 +118,7 @@ def recalibrate(
             model(_network_input(pixels.to(device)))
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
+    return len(chosen)
 
 
 def predict(model: nn.Module, images: Images, *, batch: int = 64, progress: Progress | None = None) -> Tensor:
@@ -200,7 +202,7 @@ def train(
     images = _at_most(data.train, settings.max_images, seed=seed)
     own_loop = getattr(settings, "train", None)
     if own_loop is not None:
-        return _train_by_user(own_loop, model, images, data.test, settings)
+        return _train_by_user(own_loop, model, images, data.test, settings, seed=seed)
     digest = _run_digest(model, data, settings, seed=seed, teacher=teacher)
     loop = _Loop(model, images, settings, seed=seed, flip=data.flip, teacher=teacher, progress=progress)
     keeper = _Checkpoints(work / f"training-{digest[:16]}.ckpt")
@@ -387,7 +389,7 @@ def _fit(loop: _Loop, keeper: _Checkpoints) -> None:
     on_gpu = torch.cuda.is_available()
     half = "bf16-mixed" if on_gpu and torch.cuda.is_bf16_supported() else "16-mixed"
     loop.model.train()
-    with _quiet_lightning(), torch.random.fork_rng(devices=[torch.cuda.current_device()] if on_gpu else []):
+    with _quiet_lightning(), _own_random_numbers():
         trainer = pl.Trainer(
             max_epochs=loop.settings.epochs - loop.done_epochs,
             accelerator="auto",
@@ -413,6 +415,11 @@ def _fit(loop: _Loop, keeper: _Checkpoints) -> None:
                     teacher.cpu()
 
 
+def _own_random_numbers() -> contextlib.AbstractContextManager[None]:
+    """What the block draws from torch's global generators leaves them as they were."""
+    return torch.random.fork_rng(devices=[torch.cuda.current_device()] if torch.cuda.is_available() else [])
+
+
 @contextlib.contextmanager
 def _quiet_lightning() -> Iterator[None]:
     """Lightning's remarks on hardware and progress are not ours to print."""
@@ -431,11 +438,13 @@ def _quiet_lightning() -> Iterator[None]:
 
 
 def _train_by_user(
-    name: str, model: nn.Module, train_images: Images, test_images: Images, settings: TrainSettings
+    name: str, model: nn.Module, train_images: Images, test_images: Images, settings: TrainSettings, *, seed: int
 ) -> TrainRecord:
     function = import_object(name, what="tune.train")
     started = time.perf_counter()
-    returned = function(model.train(), train_images, test_images, settings)
+    with _own_random_numbers():
+        torch.manual_seed(stream_seed(seed, "tune.train"))
+        returned = function(model.train(), train_images, test_images, settings)
     if returned is not None and not isinstance(returned, nn.Module):
         raise ValueError(
             f"tune.train '{name}' returned a {type(returned).__name__}; expected the trained model or None."

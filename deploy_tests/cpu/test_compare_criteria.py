@@ -8,17 +8,22 @@ import statistics
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 import torch
 
+from chip_deploy.chip.shortcut import ChannelMap
+from chip_deploy.export.errors import BuildFailed
 from chip_deploy.pipeline import compare_criteria as comparing
+from chip_deploy.pipeline import criteria_latency
 from chip_deploy.pipeline.cli import main
 from chip_deploy.pipeline.criteria_result import CriteriaComparison
 from chip_deploy.pipeline.data import open_data
 from chip_deploy.pipeline.models import build_model
 from chip_deploy.pipeline.recipe import DenseSection
 from chip_deploy.pipeline.report import read_report
+from chip_deploy.pipeline.stages import load_pruned
 from chip_deploy.pipeline.tune import train
 
 # Scores on exactly 32 images, so that no stopping rule, and with it no width, decides how many there are.
@@ -37,6 +42,11 @@ NET = (
     "    body = [nn.Conv2d(3, 12, 3), nn.BatchNorm2d(12), nn.ReLU(), nn.Conv2d(12, 10, 3), nn.BatchNorm2d(10),\n"
     "            nn.ReLU(), nn.Conv2d(10, 8, 3), nn.ReLU()]\n"
     "    return nn.Sequential(*body, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, num_classes))\n"
+    "def unnormed(num_classes=10):\n"
+    "    body = [nn.Conv2d(3, 12, 3), nn.ReLU(), nn.Conv2d(12, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1)]\n"
+    "    return nn.Sequential(*body, nn.Flatten(), nn.Linear(8, num_classes))\n"
+    "def wordy(model, train_images, test_images, settings):\n"
+    "    return 'trained'\n"
     "def bare(num_classes=10):\n"
     "    return nn.Sequential(nn.Flatten(), nn.Linear(768, num_classes))\n"
 )
@@ -142,20 +152,17 @@ def test_allocations_are_compared_seed_by_seed(plain):
     result = read(plain)
     assert len(result.paired) == 4
     for row in result.paired:
-        gaps = [
-            cell_of(result, row.criterion, "interaction", row.budget.value, seed).accuracy.recalibrated
-            - cell_of(result, row.criterion, "uniform", row.budget.value, seed).accuracy.recalibrated
-            for seed in (0, 1)
-        ]
-        assert row.difference.mean == pytest.approx(statistics.fmean(gaps), abs=1e-12)
-        assert (row.difference.low, row.difference.high) == (min(gaps), max(gaps))
-        assert (row.better, row.worse, row.equal) == tuple(
-            sum(sign(gap) == wanted for gap in gaps) for wanted in (1, -1, 0)
+        ours, theirs = (
+            [cell_of(result, row.criterion, way, row.budget.value, seed).accuracy for seed in (0, 1)]
+            for way in ("interaction", "uniform")
         )
-
-
-def sign(gap):
-    return (gap > 0) - (gap < 0)
+        right = [[round(each.recalibrated * each.n) for each in side] for side in (ours, theirs)]
+        gaps = [more - less for more, less in zip(*right, strict=True)]
+        n = ours[0].n
+        assert row.difference.mean == statistics.mean(gaps) / n
+        assert (row.difference.low, row.difference.high) == (min(gaps) / n, max(gaps) / n)
+        counts = [sum(gap > 0 for gap in gaps), sum(gap < 0 for gap in gaps), gaps.count(0)]
+        assert [row.better, row.worse, row.equal] == counts
 
 
 def test_a_cell_does_not_depend_on_what_else_was_asked(net, plain, tmp_path):
@@ -227,6 +234,90 @@ def test_the_same_command_again_begins_anew_and_other_lists_are_refused_unless_r
     other = words([*QUICK, "seed=4"])
     assert main(["compare-criteria", *net, *other, *more, "--resume", "--out", str(out)]) == 2
     assert "another recipe" in error(capsys)
+
+
+def test_cells_besides_those_asked_for_are_not_lost_without_a_word(net, plain, tmp_path, capsys):
+    out = tmp_path / "out"
+    shutil.copytree(plain, out)
+    fewer = ["--criteria", "chip", "--macs", "0.4", "--seeds", "0,1"]
+    compared(net, out, *fewer, "--resume")
+    capsys.readouterr()
+    assert main(["compare-criteria", *net, *words(QUICK), *fewer, "--out", str(out)]) == 2
+    assert "holds 14 cells of other criteria" in error(capsys)
+    assert len(list((out / "cells").iterdir())) == 16
+
+
+def test_targets_that_ask_for_other_widths_are_refused_with_the_multiple_that_keeps_the_cells(
+    net, tmp_path, capsys, monkeypatch
+):
+    out = tmp_path / "out"
+    asked = ["--criteria", "l1", "--macs", "0.5", "--seeds", "0", *words([*QUICK[1:], "prune.round_to=4"])]
+    assert main(["compare-criteria", *net, *asked, "--out", str(out)]) == 0
+    made = read(out)
+    monkeypatch.setattr("chip_deploy.pipeline.stages.width_step", lambda *_: 2)
+    capsys.readouterr()
+    again = [*asked[:-2], "--resume", "--out", str(out)]
+    assert main(["compare-criteria", *net, *again, "--target", "ort-cpu"]) == 2
+    sentence = error(capsys)
+    assert "widths are multiples of 4, and multiples of 2 are asked for now" in sentence
+    assert "Set prune.round_to=4" in sentence
+    monkeypatch.setattr("chip_deploy.pipeline.stages.width_step", lambda *_: 4)
+    assert main(["compare-criteria", *net, *again]) == 0
+    assert read(out).cells == made.cells
+
+
+@pytest.mark.parametrize(
+    ("settings", "code", "part"),
+    [
+        (["tune.epochs=1", "tune.train=compared_net:wordy"], 2, "tune.train 'compared_net:wordy' returned a str"),
+        (["tune.epochs=1", "tune.max_images=512", "tune.lr=1e30"], 1, "loss"),
+    ],
+)
+def test_a_cell_that_fails_is_named(net, plain, settings, code, part, tmp_path, capsys):
+    out = tmp_path / "out"
+    shutil.copytree(plain / "scores", out / "scores")
+    lists = ["--criteria", "l1", "--macs", "0.7", "--seeds", "1", "--resume"]
+    assert main(["compare-criteria", *net, *words([*QUICK, *settings]), *lists, "--out", str(out)]) == code
+    sentence = error(capsys)
+    assert "error: l1, uniform, 70 % of the MACs kept, seed 1: " in sentence
+    assert part in sentence
+
+
+def test_what_was_not_recalibrated_has_no_accuracy_after_it(net, tmp_path):
+    without = ["tune.recalibrate_images=0", *(each for each in QUICK if "recalibrate" not in each)]
+    lists = ["--criteria", "l1", "--macs", "0.5", "--seeds", "0"]
+    assert main(["compare-criteria", *net, *words(without), *lists, "--out", str(tmp_path / "zero")]) == 0
+    bare = ["--model", "compared_net:unnormed", *net[4:], "--set", "dense.epochs=0"]
+    compared(bare, tmp_path / "bare", *lists)
+    for name in ("zero", "bare"):
+        result = read(tmp_path / name)
+        assert [each.accuracy.recalibrated for each in result.cells] == [None]
+        assert result.stages == ["cut"]
+        assert any(note.startswith("nothing was recalibrated") for note in result.notes)
+
+
+def test_the_notes_say_which_allocation_leaves_how_much_of_a_group(plain):
+    notes = " ".join(read(plain).notes)
+    assert "never below 2, and at least 10 % of its width by interaction, while uniform may go down to that" in notes
+
+
+@pytest.mark.parametrize("changed", ["torchvision", "pillow", "flip"])
+def test_cells_of_other_packages_or_images_do_not_serve(net, plain, changed, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    shutil.copytree(plain / "cells", out / "cells")
+    if changed == "flip":
+        prepare = comparing.prepare
+
+        def flipped(*args, **more):
+            ready = prepare(*args, **more)
+            return replace(ready, data=replace(ready.data, flip=not ready.data.flip))
+
+        monkeypatch.setattr(comparing, "prepare", flipped)
+    else:
+        known = comparing.versions()
+        monkeypatch.setattr(comparing, "versions", lambda: known | {changed: "0.0"})
+    compared(net, out, "--criteria", "l1", "--macs", "0.7", "--seeds", "0", "--resume")
+    assert len(list((out / "cells").iterdir())) == 17
 
 
 def test_a_folder_with_other_things_is_left_alone(net, tmp_path, capsys):
@@ -327,6 +418,7 @@ def test_latency_is_measured_once_for_each_structure_and_kept(net, plain, tmp_pa
     found = compared(net, out, *lists)
     assert len({cell.structure for cell in found.cells}) == 1
     (latency,) = found.latencies
+    assert "latency has not been measured yet." not in found.notes
     assert latency.structure == found.cells[0].structure
     assert latency.pruned_ms.p50 > 0
     assert latency.verdict in ("faster", "not faster", "unstable")
@@ -334,6 +426,51 @@ def test_latency_is_measured_once_for_each_structure_and_kept(net, plain, tmp_pa
     assert not list(out.rglob("*.onnx"))
     monkeypatch.setattr("chip_deploy.pipeline.criteria_latency.measured_row", lambda *_, **__: pytest.fail("again"))
     assert compared(net, out, *lists).latencies == [latency]
+
+
+def test_what_is_measured_is_the_network_that_prune_would_ship(tmp_path, monkeypatch):
+    exported = []
+
+    def keep(model, *_, **__):
+        exported.append(model)
+        raise BuildFailed("the network is kept.")
+
+    settings = words(["tune.epochs=0", *(each for each in QUICK if not each.startswith("score.images"))])
+    asked = ["--model", "resnet20", "--data", "random:8", "--macs", "0.5", *settings, "--target", "ort-cpu", "--out"]
+    # Both seeds end with the same widths; the random scores of the first keep channels that the other's do not.
+    with monkeypatch.context() as patch:
+        patch.setattr(criteria_latency, "export_onnx", keep)
+        lists = ["--criteria", "random", "--seeds", "0,1"]
+        assert main(["compare-criteria", *lists, *asked, str(tmp_path / "out")]) == 1
+    assert main(["prune", "--criterion", "random", *asked, str(tmp_path / "bundle")]) == 0
+    (measured,) = exported
+    assert structure(measured) == structure(load_pruned(tmp_path / "bundle"))
+    groups = json.loads((tmp_path / "bundle" / "plan.json").read_text())["groups"]
+    assert all(max(group["kept"]) >= group["width_after"] for group in groups)  # never just the first channels
+
+
+def structure(model):
+    """Every tensor of the network, and which channels its shortcuts copy."""
+    shortcuts = {name: module.source for name, module in model.named_modules() if isinstance(module, ChannelMap)}
+    return {name: tensor.tolist() for name, tensor in (model.state_dict() | shortcuts).items()}
+
+
+def test_a_latency_that_fails_leaves_the_pages_of_the_accuracies(net, plain, tmp_path, monkeypatch, capsys):
+    def fail(*_, **__):
+        raise BuildFailed("the engine could not be built.")
+
+    out = tmp_path / "out"
+    shutil.copytree(plain, out)
+    for name in ("criteria.json", "criteria.md", "criteria.html", "criteria.svg"):
+        (out / name).unlink()
+    monkeypatch.setattr(criteria_latency, "measured_row", fail)
+    lists = ["--criteria", "l1", "--macs", "0.4", "--seeds", "0", "--target", "ort-cpu", "--resume"]
+    assert main(["compare-criteria", *net, *words(QUICK), *lists, "--out", str(out)]) == 1
+    assert "could not be built" in error(capsys)
+    left = read(out)
+    assert (left.cells, left.latencies) == ([cell_of(read(plain), "l1", "uniform", 0.4, 0)], [])
+    assert "latency has not been measured yet." in left.notes
+    assert all((out / name).is_file() for name in ("criteria.md", "criteria.html", "criteria.svg"))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU, which might run the engine")

@@ -93,6 +93,15 @@ def quantiles(p50_ms):
     return Quantiles(p50=p50_ms, p90=None, p99=None, n=300, mean=p50_ms, cv=0.01)
 
 
+def three_seeds(values, against=(), *, structures=("a", "a", "b"), n=1000):
+    """A comparison of one criterion and budget with three seeds: what uniform left, and what interaction left."""
+    found = [cell("l1", "uniform", HALF, seed, value) for seed, value in enumerate(values)]
+    found += [cell("l1", "interaction", HALF, seed, value) for seed, value in enumerate(against)]
+    cells = [each.model_copy(update={"structure": structures[each.cell.seed]}) for each in found]
+    allocations = ["uniform", "interaction"] if against else ["uniform"]
+    return {"cells": cells, "criteria": ["l1"], "budgets": [HALF], "allocations": allocations, "seeds": [0, 1, 2]}
+
+
 def latency(structure, p50_ms, **changes):
     facts = {
         "structure": structure,
@@ -173,6 +182,7 @@ def test_without_accuracy_the_shares_that_are_left_are_shown_and_nothing_is_draw
     dense = DenseNetwork(accuracy=None, n=0, macs=1000, params=200)
     comparison = make(cells, dense=dense, criteria=["l1"], budgets=[HALF], allocations=["uniform"], paired=[])
     assert table_below(shown(comparison), "50 %") == [["l1", "49.8", "(49.8–49.8)", "50.0", "(50.0–50.0)"]]
+    assert "rows by" not in " ".join(shown(comparison).split())
     (tmp_path / "criteria.svg").write_text("of an earlier comparison")
     write_pages(comparison, tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"criteria.json", "criteria.md", "criteria.html"}
@@ -190,6 +200,65 @@ def test_latencies_stand_beside_accuracies_and_say_whose_they_are():
     assert "50 % macs interaction, 2.00 ms 1.10 ms" in flat
     assert "30 % macs uniform: unstable: no verdict, because the fan stopped." in flat
     assert max(map(len, text.splitlines())) <= 80
+
+
+def test_the_latency_of_a_row_is_the_mean_over_its_seeds_not_over_its_structures():
+    facts = three_seeds((0.7, 0.7, 0.7))
+    both = [latency("a", 1.0), latency("b", 1.6)]
+    assert table_below(shown(make(**facts, latencies=both)), "50 %")[0][-2:] == ["1.20", "(1.00–1.60)"]
+    doubtful = shown(make(**facts, latencies=[both[0], latency("b", 1.6, verdict="unstable", reason="it drifted")]))
+    assert table_below(doubtful, "50 %")[0][-2:] == ["1.20*", "(1.00–1.60)"]
+    assert "* marks a p50 whose laps were unstable." in " ".join(doubtful.split())
+
+
+def test_a_row_with_a_structure_that_was_not_measured_has_no_latency():
+    cells = [*three_seeds((0.7, 0.7, 0.7))["cells"], *three_seeds((0.6, 0.6, 0.6), structures="aaa")["cells"]]
+    cells[3:] = [
+        each.model_copy(update={"cell": each.cell.model_copy(update={"criterion": "chip"})}) for each in cells[3:]
+    ]
+    facts = {"budgets": [HALF], "allocations": ["uniform"], "seeds": [0, 1, 2]}
+    rows = table_below(shown(make(cells, **facts, latencies=[latency("a", 1.0)])), "50 %")
+    assert [(row[0], row[-1]) for row in rows] == [("l1", "-"), ("chip", "1.00")]
+
+
+def test_differences_that_cancel_are_neither_better_nor_worse():
+    facts = three_seeds((0.700, 0.500, 0.600), (0.701, 0.502, 0.597))
+    comparison = make(**facts)
+    (row,) = comparison.paired
+    assert (row.difference.mean, row.better, row.worse, row.equal) == (0, 2, 1, 0)
+    assert "for 0 of 1 pairs of criterion and budget, by the mean over seeds, and less for 0." in " ".join(
+        shown(comparison).split()
+    )
+
+
+def test_widths_that_several_allocations_share_are_named_by_all_of_them():
+    facts = three_seeds((0.7, 0.7, 0.7), (0.7, 0.7, 0.7), structures="aab")
+    flat = " ".join(criteria_markdown(make(**facts, latencies=[latency("a", 1.0), latency("b", 1.1)])).split())
+    assert "50 % macs uniform, seed 0, 1; 50 % macs interaction, seed 0, 1" in flat
+    assert "50 % macs uniform, seed 2; 50 % macs interaction, seed 2" in flat
+
+
+def test_where_nothing_is_recalibrated_rows_stand_by_what_the_cut_left_and_the_page_says_so():
+    bare = [
+        each.model_copy(update={"accuracy": each.accuracy.model_copy(update={"recalibrated": None})})
+        for each in make().cells
+    ]
+    text = shown(make(bare))
+    flat = " ".join(text.split())
+    assert table_below(text, "50 % of the MACs kept, uniform") == [
+        ["chip", "53.00", "(51.00–55.00)"],
+        ["l1", "45.00", "(40.00–50.00)"],
+    ]
+    assert "rows by the mean right after the cut" in flat
+    assert "points of accuracy right after the cut" in flat
+    assert "recalibrat" not in flat + criteria_svg(make(bare))
+
+
+def test_a_criterion_in_a_mode_of_its_own_is_called_by_it():
+    comparison = make(labels={"chip": "chip joint"})
+    assert table_below(shown(comparison), "50 % of the MACs kept, uniform")[0][:2] == ["chip", "joint"]
+    assert "chip joint, uniform, recalibrated: 83.00 %" in criteria_svg(comparison)
+    assert "chip joint" in criteria_markdown(comparison)
 
 
 def test_a_target_that_measured_nothing_is_a_reason_and_no_column():

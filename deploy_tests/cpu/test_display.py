@@ -43,6 +43,24 @@ def test_a_log_gets_one_line_a_stage_and_the_notes() -> None:
     assert all(re.fullmatch(r"\w+ +\d+\.\d s", line) for line in lines[2:])
 
 
+def test_a_log_hears_of_a_long_stage_a_tenth_and_a_minute_apart() -> None:
+    where, now_s = console(terminal=False), [0.0]
+    display = PlainDisplay(where, clock_s=lambda: now_s[0])
+    display.stage("cells")
+    for step in range(1001):
+        now_s[0] = 0.5 * step
+        display.progress(step / 1000, f"{step}/1000")
+    display.stage("report")
+    now_s[0] += 59.0
+    display.progress(0.9, "not yet")
+    display.done()
+    lines = [line.split() for line in text(where).splitlines()]
+    # A tenth takes 50 s, so the minute decides; the stage ends before the ninth line.
+    assert lines[0] == ["cells"]
+    assert lines[1:9] == [["cells", f"{12 * n}", "%", f"{120 * n}/1000"] for n in range(1, 9)]
+    assert lines[9:] == [["cells", "500.0", "s"], ["report", "59.0", "s"]]
+
+
 def test_a_stage_without_notes_stays_on_its_line() -> None:
     where = console(terminal=False)
     display = make_display(where)

@@ -439,6 +439,27 @@ def test_one_pass_feeds_maps_and_gradients_and_every_criterion_finds_what_it_fin
     assert [found[criterion.name].images for criterion in together] == [12, 12, 12, 0]
 
 
+class Flags(Remembering):
+    """Also keeps how cuDNN was told to compute while maps were scored."""
+
+    def __init__(self):
+        super().__init__()
+        self.flags = []
+
+    def score_maps(self, maps_BCP, sides):
+        cudnn = torch.backends.cudnn
+        self.flags.append((cudnn.deterministic, cudnn.benchmark, cudnn.allow_tf32))
+        return super().score_maps(maps_BCP, sides)
+
+
+def test_maps_come_from_kernels_that_repeat_whatever_else_is_asked_for():
+    net, criterion = nn.Sequential(nn.Conv2d(3, 5, 1), nn.ReLU(), nn.Conv2d(5, 2, 1), nn.Flatten()), Flags()
+    before = (torch.backends.cudnn.deterministic, torch.backends.cudnn.allow_tf32)
+    _scores(net, _images(), criterion)
+    assert set(criterion.flags) == {(True, False, False)}
+    assert (torch.backends.cudnn.deterministic, torch.backends.cudnn.allow_tf32) == before
+
+
 def test_criteria_that_read_weights_touch_no_image():
     net, images = _classifier(), _images(1, 8)
 

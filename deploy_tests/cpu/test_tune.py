@@ -490,6 +490,9 @@ def another(model, train_images, test_images, settings):
     torch.nn.init.constant_(other[0].weight, 0.25)
     return other
 
+def drawn(model, train_images, test_images, settings):
+    torch.nn.init.normal_(model[0].weight)
+
 def wider(model, train_images, test_images, settings):
     return torch.nn.Conv2d(3, 12, 3)
 
@@ -514,6 +517,20 @@ def test_a_users_function_replaces_the_training(function: str, value: float, tmp
     assert torch.equal(model[-1].weight, _net()[-1].weight)
     assert not model.training
     assert record.notes == [f"trained by c_own_training:{function}"]
+
+
+@pytest.mark.usefixtures("own")
+def test_what_a_users_function_draws_follows_from_the_seed_alone(tmp_path: Path) -> None:
+    drawn = []
+    for seed, before in ((3, 0), (3, 1), (4, 0)):
+        model, settings = _net(), TuneSection(epochs=1, train="c_own_training:drawn")
+        torch.manual_seed(before)
+        expected_after = torch.rand(3, generator=torch.Generator().manual_seed(before))
+        train(model, _data(), settings, seed=seed, work=tmp_path)
+        assert torch.equal(torch.rand(3), expected_after)
+        drawn.append(model[0].weight.detach())
+    assert torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[0], drawn[2])
 
 
 @pytest.mark.usefixtures("own")
