@@ -24,7 +24,10 @@ from chip_deploy.pipeline.models import BuiltModel, build_model, load_weights
 from chip_deploy.pipeline.tune import recalibrate
 
 SCHEMA = "chip-deploy.benchmark/1"
-PACKAGES = ("torch", "torchvision", "torch-pruning", "numpy", "scipy", "numba")
+PACKAGES = (
+    *("torch", "torchvision", "torch-pruning", "numpy", "scipy", "numba"),
+    *("onnx", "onnxruntime", "onnxruntime-gpu", "tensorrt-rtx"),
+)
 RECALIBRATION_IMAGES, RECALIBRATION_BATCH = 64, 16
 
 Result = TypeVar("Result")

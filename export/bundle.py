@@ -42,6 +42,11 @@ class Manifest(BaseModel):
     files: list[FileEntry]
 
 
+def onnx_name(network: str, precision: str) -> str:
+    """The ONNX file of a bundle for `network` (model or dense) in that precision: `model.onnx`, `dense.fp16.onnx`."""
+    return f"{network}.onnx" if precision == "fp32" else f"{network}.{precision}.onnx"
+
+
 @contextlib.contextmanager
 def writing_atomically(path: Path) -> Iterator[Path]:
     """A path beside `path` to write to; it takes the name `path` when the block ends well, and is removed otherwise.

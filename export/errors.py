@@ -4,6 +4,7 @@ ExportError
 ├── TargetUnavailable   a target cannot be used on this machine
 ├── MachineMismatch     numbers or an engine belong to another machine
 ├── ExportFailed        the network could not be written as ONNX
+├── ConversionFailed    the network could not be written in a lower precision within its bounds
 ├── BuildFailed         a runtime made no engine, or could not open one
 ├── ParityFailed        outputs are not those of the reference
 ├── MeasureFailed       no latency could be measured
@@ -28,6 +29,10 @@ class MachineMismatch(ExportError):
 
 class ExportFailed(ExportError):
     """The network could not be written as ONNX."""
+
+
+class ConversionFailed(ExportError):
+    """The network could not be written in a lower precision, or not within the bound on what it may lose."""
 
 
 class BuildFailed(ExportError):

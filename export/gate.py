@@ -10,12 +10,13 @@ from contextlib import closing
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError, computed_field
 
 from .agree import Agreement, compare_outputs, require_agreement
 from .bundle import MANIFEST, verify_bundle
 from .errors import IntegrityError, ParityFailed
-from .golden import Golden, read_golden, run_in_batches
+from .golden import Golden, engine_agreement, read_golden, run_in_batches
 from .laps import Speedup, bootstrap_quantile, laps_needed, session_spread
 from .laps_file import RecordedLaps, find_laps, read_laps
 from .machine import Machine, differences, fingerprint, read_machine
@@ -151,10 +152,22 @@ class _Engine(_Part):
         return self.verdict != "not measured"
 
 
+class _Precision(_Part):
+    precision: str
+    accuracy: float | None = None
+
+
 class _Report(_Part):
     accuracy: _Accuracy
     agreement: Agreement | None = None
+    precisions: list[_Precision] = []
     engines: list[_Engine]
+
+    def onnx_top1(self, precision: str) -> float | None:
+        """The accuracy of the ONNX file in that precision."""
+        if precision == "fp32":
+            return self.accuracy.onnx
+        return next((row.accuracy for row in self.precisions if row.precision == precision), None)
 
 
 class _Found(NamedTuple):
@@ -221,7 +234,7 @@ def _held_against(facts: _Facts, requirements: Sequence[Requirement], wanted: Ta
     others = {row.engine for row in rows if row.status == "failed"}
     return GateResult(
         rows=[*rows, *_requirement_rows(facts, list(dict.fromkeys(requirements)), engines, others)],
-        engines=[_judged(engine, facts.report.accuracy) for engine in engines],
+        engines=[_judged(engine, facts.report) for engine in engines],
         left_out=[engine.file for engine in facts.report.engines if wanted is None and engine not in engines],
     )
 
@@ -260,15 +273,15 @@ def _engines_for(facts: _Facts, wanted: TargetSpec | None) -> list[_Engine]:
     return engines
 
 
-def _judged(engine: _Engine, accuracy: _Accuracy) -> JudgedEngine:
+def _judged(engine: _Engine, report: _Report) -> JudgedEngine:
     return JudgedEngine(
         name=f"{engine.target} {engine.precision}",
         file=engine.file,
         verdict=engine.verdict,
         reason=engine.reason,
         speedup=engine.speedup,
-        dense_top1=accuracy.dense,
-        top1=_top1(engine, accuracy),
+        dense_top1=report.accuracy.dense,
+        top1=_top1(engine, report),
     )
 
 
@@ -335,7 +348,7 @@ def _onnx_parity(facts: _Facts, golden: Golden) -> _Parity:
     if reason:
         return _recorded("fp32", facts.report.agreement, reason.rstrip("."))
     with closing(target.open_onnx(facts.bundle / ONNX)) as session:
-        return _run(ONNX, "fp32", session, golden)
+        return _run(ONNX, "fp32", session, golden, compare=functools.partial(compare_outputs, golden.outputs))
 
 
 def _engine_parity(facts: _Facts, engine: _Engine, golden: Golden) -> _Parity:
@@ -346,13 +359,17 @@ def _engine_parity(facts: _Facts, engine: _Engine, golden: Golden) -> _Parity:
     if reason:
         return _recorded(built.arithmetic, engine.agreement, reason)
     with closing(target.open(path)) as session:
-        return _run(engine.file, built.arithmetic, session, golden)
+        return _run(
+            engine.file, built.arithmetic, session, golden, compare=functools.partial(engine_agreement, built, golden)
+        )
 
 
-def _run(file: str, precision: str, session: Session, golden: Golden) -> _Parity:
+def _run(
+    file: str, precision: str, session: Session, golden: Golden, *, compare: Callable[[np.ndarray], Agreement]
+) -> _Parity:
     """Raises: ParityFailed also for a session that takes other images, or gives outputs of another shape."""
     try:
-        agreement = compare_outputs(golden.outputs, run_in_batches(session, golden.images))
+        agreement = compare(run_in_batches(session, golden.images))
     except ValueError as err:
         raise ParityFailed(f"{file}: cannot give the golden outputs: {err}") from err
     return _Parity(precision, agreement, "run here")
@@ -368,20 +385,20 @@ def _find(metric: str, engine: _Engine, facts: _Facts) -> _Found | _Unknown:
     if metric == "size":
         return _exactly(facts.sizes[engine.file])
     if metric == "top1_drop":
-        return _top1_drop(engine, facts.report.accuracy)
+        return _top1_drop(engine, facts.report)
     return _latency(metric, engine, facts)
 
 
-def _top1(engine: _Engine, accuracy: _Accuracy) -> float | None:
-    return accuracy.onnx if engine.accuracy is None else engine.accuracy
+def _top1(engine: _Engine, report: _Report) -> float | None:
+    return report.onnx_top1(engine.precision) if engine.accuracy is None else engine.accuracy
 
 
-def _top1_drop(engine: _Engine, accuracy: _Accuracy) -> _Found | _Unknown:
+def _top1_drop(engine: _Engine, report: _Report) -> _Found | _Unknown:
     """Percentage points of top-1 accuracy that the engine, or the ONNX file it was built from, lost."""
-    after = _top1(engine, accuracy)
-    if accuracy.dense is None or after is None:
+    dense, after = report.accuracy.dense, _top1(engine, report)
+    if dense is None or after is None:
         return _Unknown("no accuracy was recorded")
-    return _exactly(round(100 * (accuracy.dense - after), 9))
+    return _exactly(round(100 * (dense - after), 9))
 
 
 def _latency(metric: str, engine: _Engine, facts: _Facts) -> _Found | _Unknown:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Sequence
@@ -47,19 +48,34 @@ class LayerMap:
         self._named = {**self._maker, **self._named}
         names = sorted(self._named, key=len, reverse=True)
         self._any_name = re.compile(rf"(?<![\w.])(?:{'|'.join(map(re.escape, names))})(?![\w.])")
-        self.work = self._all_work()
+
+    @functools.cached_property
+    def work(self) -> dict[str, LayerWork]:
+        """The work of every layer in the order of the graph; a layer that runs twice works twice.
+
+        Raises: IntegrityError where the file gives no shape for a tensor that is multiplied.
+        """
+        nodes: dict[str, list[OnnxNode]] = {}
+        for node in self._graph.nodes:
+            nodes.setdefault(self.layer(node), []).append(node)
+        return {layer: self._work(own) for layer, own in nodes.items()}
 
     def layers(self, executed: Sequence[NodeLaps]) -> list[tuple[str, ...]]:
         """For each executed node, the torch layers it stands for, by the ONNX names that its origin holds.
 
         Those that multiply, where there are any: an activation or a sum that was fused into a convolution has no
         time of its own. A convolution that goes by the name of what was fused behind it belongs to the nearest
-        multiplying layer before that name which no other node claims. Empty for a node that the runtime added.
+        multiplying layer before that name which no other node claims. A runtime that knows torch's modules is believed,
+        up to the first of which the file has a layer: a batch norm was folded into the one before it there. Empty for a
+        node that the runtime added.
         """
         found = [[self._named[name] for name in self._any_name.findall(node.origin)] for node in executed]
         claimed = {node.outputs for nodes in found for node in nodes}
         layers = []
         for ran, nodes in zip(executed, found, strict=True):
+            if ran.modules:
+                layers.append(tuple([module for module in ran.modules if module in self.work][:1]))
+                continue
             multiplying = [node for node in nodes if node.operator in MULTIPLYING]
             if nodes and not multiplying and any(kind in ran.operator for kind in MULTIPLYING):
                 before = self._unclaimed_before(nodes[0], claimed)
@@ -100,13 +116,6 @@ class LayerMap:
         while name in self._maker and self._maker[name].operator in CONVERTING:
             name = self._maker[name].inputs[0]
         return name if name in self._graph.weights else ""
-
-    def _all_work(self) -> dict[str, LayerWork]:
-        """The work of every layer in the order of the graph; a layer that runs twice works twice."""
-        nodes: dict[str, list[OnnxNode]] = {}
-        for node in self._graph.nodes:
-            nodes.setdefault(self.layer(node), []).append(node)
-        return {layer: self._work(own) for layer, own in nodes.items()}
 
     def _work(self, nodes: list[OnnxNode]) -> LayerWork:
         multiplying = [node for node in nodes if node.operator in MULTIPLYING]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import hashlib
 import importlib
@@ -159,7 +160,8 @@ def _gpu_from_nvml() -> GpuFacts | None:
     except pynvml.NVMLError:
         return None
     finally:
-        pynvml.nvmlShutdown()
+        with contextlib.suppress(pynvml.NVMLError):
+            pynvml.nvmlShutdown()
 
 
 def _gpu_from_nvidia_smi() -> GpuFacts | None:
@@ -169,7 +171,7 @@ def _gpu_from_nvidia_smi() -> GpuFacts | None:
     query = [program, "--query-gpu=name,compute_cap,driver_version", "--format=csv,noheader"]
     try:
         done = subprocess.run(query, capture_output=True, text=True, timeout=NVIDIA_SMI_SECONDS, check=True)
-    except (OSError, subprocess.SubprocessError):
+    except (OSError, ValueError, subprocess.SubprocessError):
         return None
     return parse_nvidia_smi(done.stdout)
 
@@ -180,7 +182,10 @@ def parse_nvidia_smi(text: str) -> GpuFacts | None:
     >>> parse_nvidia_smi("NVIDIA L4, 8.9, 580.65.06")
     GpuFacts(name='NVIDIA L4', sm='sm89', driver='580.65.06')
     """
-    row = next(csv.reader(text.splitlines(), skipinitialspace=True), [])
+    try:
+        row = next(csv.reader(text.splitlines(), skipinitialspace=True), [])
+    except csv.Error:
+        return None
     if len(row) != 3:
         return None
     name, capability, driver = (field.strip() for field in row)
@@ -205,7 +210,7 @@ def _text(path: Path) -> str:
 
 def _decoded(value: str | bytes) -> str:
     """A string from NVML, which older versions give as bytes."""
-    return value.decode() if isinstance(value, bytes) else value
+    return value.decode(errors="replace") if isinstance(value, bytes) else value
 
 
 def _shown(value: str | int | list[str] | None) -> str:

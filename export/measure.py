@@ -49,7 +49,7 @@ from .protocol import PAIRS as PAIRS
 from .protocol import PROTOCOLS as PROTOCOLS
 from .protocol import LatencyProtocol as LatencyProtocol
 from .protocol import protocol_named as protocol_named
-from .target import DeviceTimer, RoundTrip, Session
+from .target import CUDA_GRAPH, CudaGraphs, DeviceTimer, RoundTrip, Session
 from .watch import MachineWatch, Watch
 
 # Fewest laps in a block, however slow the network: fewer have no median to speak of.
@@ -97,6 +97,9 @@ class PathTimes(BaseModel):
     """Inputs copied to the device before, outputs copied back after; CUDA events around all of it."""
     host_end_to_end: Quantiles
     """The same on the clock of the host, until the outputs can be read there."""
+    kernel_by_kernel: Quantiles | None = None
+    """Device compute again, launched without the CUDA graph that the other numbers were launched by; None where there
+    was no graph."""
 
 
 class GpuTimes(BaseModel):
@@ -106,6 +109,8 @@ class GpuTimes(BaseModel):
 
     dense: PathTimes
     pruned: PathTimes
+    launch: str = ""
+    """How the laps were launched: `cuda graph`, or `kernel by kernel: ` with the reason; empty in older records."""
 
 
 class BatchRow(BaseModel):
@@ -231,6 +236,8 @@ class _Side:
         self.laps_ns: list[int] = []
         self.blocks: list[int] = []
         self.round_trips: list[RoundTrip] = []
+        self.plain_ms: list[float] = []
+        self.launches: list[str] = []
         self.counted_ns = 0.0
 
     @contextlib.contextmanager
@@ -260,11 +267,27 @@ class _Side:
             # A lap that was held up must not stand for many.
             self.counted_ns += min(lap_ns, self.held_up_ns)
 
+    def note_launch(self) -> None:
+        """How the laps of this opening were launched, in the session's own words, where it has any."""
+        if launch := getattr(self.session, "launch", ""):
+            self.launches.append(launch)
+
+    @property
+    def launch(self) -> str:
+        """How its laps were launched; in each way that there was, where openings differ."""
+        return ", then ".join(dict.fromkeys(self.launches))
+
     def go_round(self, count: int) -> None:
-        """So many executions with their transfers, where the device times them; the first is not kept."""
+        """So many executions with their transfers, and without their CUDA graph, where the device times them.
+
+        The first of either kind is not kept.
+        """
         if isinstance(self.session, DeviceTimer):
             self.session.round_trip()
             self.round_trips += [self.session.round_trip() for _ in range(count)]
+        if isinstance(self.session, CudaGraphs) and self.session.launch == CUDA_GRAPH:
+            self.session.plain_lap_ms()
+            self.plain_ms += [self.session.plain_lap_ms() for _ in range(count)]
 
     def done(self) -> float:
         """The fraction of its laps and seconds that it has; 1 or more when it has both."""
@@ -308,6 +331,11 @@ class _Turns:
     def warmed(self) -> bool:
         return not any(side.unsettled for side in self.sides)
 
+    @property
+    def launched_unlike(self) -> bool:
+        """Whether some laps were launches of a CUDA graph and others were not: what that saves is no speed-up."""
+        return len({launch == CUDA_GRAPH for side in self.sides for launch in side.launches}) > 1
+
     def take_all(self, progress: Progress | None, *, look: Callable[[], None] | None = None) -> None:
         """All turns of all openings, with a look after each; which session is opened first changes: it matters."""
         orders = itertools.cycle(itertools.permutations(self.sides))
@@ -319,6 +347,8 @@ class _Turns:
                 self._take_turns((opening + 1) / self.openings, progress)
                 if look is not None:
                     look()
+                for side in self.sides:
+                    side.note_launch()
                 self._go_round()
 
     def laps(self) -> Laps:
@@ -336,6 +366,9 @@ class _Turns:
     def doubts(self) -> list[str]:
         """What the measurement itself has against its laps, as phrases."""
         found = [f"{side.name} {side.unsettled}" for side in self.sides if side.unsettled]
+        if self.launched_unlike:
+            launches = "; ".join(f"{side.name}: {side.launch}" for side in self.sides)
+            found.append(f"not all laps were launched in the same way ({launches})")
         if self.held_up:
             times = f", {len(self.held_up)} times in all" if len(self.held_up) > 1 else ""
             found.append(f"the process was held up for {max(self.held_up):.2g} s{times}, as when it is suspended")
@@ -431,7 +464,9 @@ def _gpu_times(turns: _Turns) -> GpuTimes | None:
     """The three numbers of both sides; None where the device has no clock of its own."""
     if not (turns.dense.round_trips and turns.pruned.round_trips):
         return None
-    return GpuTimes(dense=_path_times(turns.dense), pruned=_path_times(turns.pruned))
+    dense, pruned = turns.dense, turns.pruned
+    launch = f"dense {dense.launch}, pruned {pruned.launch}" if turns.launched_unlike else pruned.launch
+    return GpuTimes(dense=_path_times(dense), pruned=_path_times(pruned), launch=launch)
 
 
 def _path_times(side: _Side) -> PathTimes:
@@ -446,6 +481,7 @@ def _path_times(side: _Side) -> PathTimes:
         device_compute=summarise(compute_ms, batch=batch),
         with_transfers=summarise([trip.with_transfers_ms for trip in trips], batch=batch),
         host_end_to_end=summarise([trip.host_ms for trip in trips], batch=batch),
+        kernel_by_kernel=summarise(side.plain_ms, batch=batch) if side.plain_ms else None,
     )
 
 

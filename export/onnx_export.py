@@ -53,7 +53,7 @@ def export_onnx(model: nn.Module, example: Tensor, path: Path, *, dynamic_batch:
     anything but one tensor.
     """
     example = example.to(_device(model))
-    with _evaluation_mode(model), torch.no_grad():
+    with evaluation_mode(model), torch.no_grad():
         _require_one_tensor(model, example)
         proto = _export(model, example, dynamic_batch=dynamic_batch)
     _drop_metadata(proto)
@@ -185,7 +185,7 @@ def _checked_bytes(proto: onnx.ModelProto) -> bytes:
 
 
 @contextlib.contextmanager
-def _evaluation_mode(model: nn.Module) -> Iterator[None]:
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Every module in evaluation mode inside the block, and afterwards each in the mode it had."""
     modes = {module: module.training for module in model.modules()}
     model.eval()

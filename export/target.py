@@ -11,19 +11,21 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from .. import __version__
 from .bundle import sha256_file, write_json_atomic, writing_atomically
 from .errors import IntegrityError, MachineMismatch, TargetUnavailable
 
-PRECISIONS = ("fp32",)
-# What may follow the colon of a target's name.
+PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8")
+# What may follow the colon of a target's name: compute capabilities, or the one way in which torch runs a network.
 CAPABILITIES: dict[str, tuple[str, ...]] = {
     "ort-cpu": (),
+    "ort-cuda": (),
+    "torch": ("eager", "compiled", "cuda-graph"),
     "trt": (),
     "trt-rtx": ("sm75", "sm80", "sm86", "sm89", "sm120", "sm121"),
 }
@@ -48,6 +50,55 @@ class TargetSpec(BaseModel):
         return "-".join([self.name, *self.capabilities])
 
 
+class BuildOptions(BaseModel):
+    """How TensorRT builds an engine; `ort-cuda` takes `tf32` and `cuda_graph`, the others have nothing to choose.
+
+    shapes: one optimization profile an entry, in trtexec's syntax: `input:1x3x224x224`, or smallest, expected and
+    largest shape as `input:1x3x32x32/8x3x32x32/32x3x32x32`; several inputs are parted by commas. `builds`: how often a
+    target that times its kernels builds, to keep the best that agrees. Unit: `workspace_mib` is MiB.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    shapes: tuple[str, ...] = Field(default=(), strict=False)
+    workspace_mib: int | None = Field(default=None, ge=1)
+    optimization_level: int | None = Field(default=None, ge=0, le=5)
+    hardware_compatibility: Literal["none", "ampere-plus", "same-compute-capability"] = "none"
+    version_compatible: bool = False
+    refit: bool = False
+    strip: bool = False
+    tf32: bool = True
+    timing_cache: bool = True
+    runtime_cache: bool = True
+    cuda_graph: bool = True
+    builds: int = Field(default=1, ge=1, le=64)
+
+    def chosen(self) -> dict[str, Any]:
+        """The options that are not the default ones, as JSON has them."""
+        return self.model_dump(mode="json", exclude_defaults=True)
+
+
+class LayerTypes(BaseModel):
+    """In which number types the layers of an engine really run.
+
+    source: `engine` where the built engine was asked, `graph` where no device can open it and the ONNX file tells.
+    layers: number of layers by the type they compute in. multiplying: the same, of convolutions and matrix products
+    alone. other_type: names of multiplying layers that run in another type than was asked for. unfused: Q/DQ layers
+    that stand alone. reformats: layers that only bring data into another layout; None where the graph cannot tell.
+    sentence: what a user should know, in one or two sentences.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    source: Literal["engine", "graph"]
+    layers: dict[str, int]
+    multiplying: dict[str, int]
+    other_type: list[str]
+    unfused: list[str]
+    reformats: int | None
+    sentence: str
+
+
 class Engine(BaseModel):
     """What was built: the JSON that lies beside an engine file, which itself holds the runtime's bytes only."""
 
@@ -63,6 +114,12 @@ class Engine(BaseModel):
     flags: dict[str, Any]
     versions: dict[str, str]
     build_seconds: float
+    layer_types: LayerTypes | None = None
+
+    @property
+    def from_onnx(self) -> bool:
+        """Whether it was built from the ONNX file of its precision; torch's comes from the network itself."""
+        return self.target.partition(":")[0] != "torch"
 
     @property
     def arithmetic(self) -> str:
@@ -81,12 +138,14 @@ class NodeLaps(NamedTuple):
     """One node that a runtime executed, and its time in each lap.
 
     `origin` is text in which the names of the ONNX nodes it stands for occur; empty for one that the runtime added.
+    `modules` are torch modules where the runtime knows them itself: the node's own, then those it follows.
     """
 
     name: str
     operator: str
     origin: str
     laps_ms: list[float]
+    modules: tuple[str, ...] = ()
 
 
 class Session(Protocol):
@@ -142,6 +201,22 @@ class RoundTrip(NamedTuple):
     """The same, as the caller sees it."""
 
 
+# How a session's laps are launched, in its own words, when they are launches of one recorded graph.
+CUDA_GRAPH = "cuda graph"
+
+
+@runtime_checkable
+class CudaGraphs(Protocol):
+    """What a session offers besides, when its laps may be launches of one recorded CUDA graph."""
+
+    launch: str
+    """How laps are launched: `cuda graph`, or `kernel by kernel: ` with the reason."""
+
+    def plain_lap_ms(self) -> float:
+        """One execution on the bound inputs that is launched kernel by kernel, timed by the device."""
+        ...
+
+
 @runtime_checkable
 class DeviceTimer(Protocol):
     """What a session offers besides, when its device has a clock of its own: CUDA events."""
@@ -161,20 +236,41 @@ class Build(NamedTuple):
     built_for: dict[str, str]
     flags: dict[str, Any]
     versions: dict[str, str]
+    layer_types: LayerTypes | None = None
 
 
 class Target(ABC):
     """A runtime on a kind of device. The public methods check, the ones with an underscore do the work."""
 
-    def __init__(self, spec: TargetSpec) -> None:
+    builds_differ = False
+    """Whether two builds of one file may run at different speeds, so that it is worth while to choose."""
+    takes: tuple[str, ...] = ()
+    """The build options that have an effect on this target; it ignores the others."""
+
+    def __init__(self, spec: TargetSpec, *, options: BuildOptions | None = None) -> None:
         self.spec = spec
+        self.options = options or BuildOptions()
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({str(self.spec)!r})"
 
+    @property
+    def on_gpu(self) -> bool:
+        """Whether laps run on a GPU, whose clocks are worth watching then."""
+        return self.spec.name != "ort-cpu"
+
+    def chosen(self) -> dict[str, Any]:
+        """The options that are not the default ones and have an effect here, as JSON has them."""
+        return {name: value for name, value in self.options.chosen().items() if name in self.takes}
+
     @abstractmethod
     def unusable(self) -> str | None:
         """Why nothing can be built for this target here, as a sentence; None when it can. Answers at once."""
+
+    def refuses(self, precision: str) -> str | None:
+        """Why this target builds no engine in `precision`, as a sentence; None when it may. Answers at once."""
+        del precision
+        return None
 
     def build(self, onnx_path: Path, engine_path: Path, *, precision: str = "fp32") -> Engine:
         """The engine built from `onnx_path`, with its sidecar beside it; a failed build leaves neither.
@@ -188,6 +284,7 @@ class Target(ABC):
         sidecar = sidecar_path(engine_path)
         _require_folder(engine_path.parent.parent)
         require_usable(self)
+        require_precision(self, precision)
         started = time.perf_counter()
         with _folder_for(engine_path), writing_atomically(engine_path) as unfinished:
             build = self._build(onnx_path, unfinished)
@@ -198,12 +295,17 @@ class Target(ABC):
                 sha256=sha256_file(unfinished),
                 bytes=unfinished.stat().st_size,
                 built_for=build.built_for,
-                flags=build.flags,
+                flags=build.flags | ({"options": chosen} if (chosen := self.chosen()) else {}),
                 versions={"chip_deploy": __version__, **build.versions},
                 build_seconds=round(time.perf_counter() - started, 3),
+                layer_types=build.layer_types or self._layer_types(onnx_path, unfinished, build, precision),
             )
             sidecar.unlink(missing_ok=True)
-        write_json_atomic(sidecar, engine)
+        try:
+            write_json_atomic(sidecar, engine)
+        except OSError:
+            engine_path.unlink(missing_ok=True)  # an engine without its sidecar is none
+            raise
         return engine
 
     def cannot_run(self, engine: Engine) -> str | None:
@@ -212,11 +314,12 @@ class Target(ABC):
             return f"{engine.file} was built for target '{engine.target}', not for '{self.spec}'"
         return self._cannot_run(engine)
 
-    def open(self, engine_path: Path) -> Session:
+    def open(self, engine_path: Path, *, weights: Path | None = None) -> Session:
         """A session on an engine file whose digest is the one in its sidecar: an engine is executable content.
 
+        weights: the ONNX file that it was built from, for an engine that holds no weights; else the bundle's is taken.
         Raises: FileNotFoundError; IntegrityError; MachineMismatch with the reason of `cannot_run`; BuildFailed when
-        the runtime rejects the file.
+        the runtime rejects the file, or the weights are not those it was built with.
         """
         engine = read_engine(engine_path)
         reason = self.cannot_run(engine)
@@ -224,7 +327,7 @@ class Target(ABC):
             raise MachineMismatch(
                 f"{engine_path}: cannot run here: {reason}. Run it where it belongs, or build one for this machine."
             )
-        return self._open(engine_path)
+        return self._open(engine_path, weights=weights)
 
     def open_onnx(self, onnx_path: Path) -> Session:
         """A session on an ONNX file under the settings of the engines: the dense control of a measurement.
@@ -248,6 +351,13 @@ class Target(ABC):
     def _onnx_opener(self, onnx_path: Path) -> Callable[[], Session]:
         return lambda: self._open_onnx(onnx_path)
 
+    def _layer_types(self, onnx_path: Path, engine_path: Path, build: Build, precision: str) -> LayerTypes | None:
+        """In which types the layers run, by the ONNX file; a target that can ask its engine does so instead."""
+        from .layer_types import graph_types  # which reads the types of this module
+
+        del engine_path
+        return graph_types(onnx_path, precision, tf32=bool(build.flags.get("tf32")))
+
     @abstractmethod
     def _build(self, onnx_path: Path, engine_path: Path) -> Build: ...
 
@@ -255,7 +365,7 @@ class Target(ABC):
     def _cannot_run(self, engine: Engine) -> str | None: ...
 
     @abstractmethod
-    def _open(self, engine_path: Path) -> Session: ...
+    def _open(self, engine_path: Path, *, weights: Path | None = None) -> Session: ...
 
     @abstractmethod
     def _open_onnx(self, onnx_path: Path) -> Session: ...
@@ -278,30 +388,40 @@ def parse_target(text: str) -> TargetSpec:
         return TargetSpec(name=name)
     known = CAPABILITIES[name]
     if not known:
-        takers = ", ".join(other for other, capabilities in CAPABILITIES.items() if capabilities)
-        raise ValueError(f"target {text!r}: only {takers} takes compute capabilities. Write --target {name}.")
+        raise ValueError(f"target {text!r}: {name} takes nothing after a colon. Write --target {name}.")
     asked = [part.strip() for part in rest.split(",")]
+    what = "way to run" if name == "torch" else "compute capability"
     for capability in asked:
         if capability not in known:
             raise ValueError(
-                f"target {text!r}: unknown compute capability {capability!r}.{_nearest(capability, known)} "
+                f"target {text!r}: unknown {what} {capability!r}.{_nearest(capability, known)} "
                 f"Available: {', '.join(known)}."
             )
+    if name == "torch" and len(set(asked)) > 1:
+        raise ValueError(f"target {text!r}: one way to run at a time. Give --target torch:{asked[0]} and another.")
     return TargetSpec(name=name, capabilities=tuple(sorted(set(asked), key=known.index)))
 
 
 def width_step(spec: TargetSpec, precision: str) -> int:
     """The multiple to which channel counts are rounded, because the target pays for channels in blocks of it.
 
-    onnxruntime's CPU kernels block channels by the vector width (measured: 16 floats with AVX-512; 8 otherwise);
-    TensorRT stores channels in multiples of 8 for fp16 and 32 for int8 (NVIDIA's advice).
-    Raises: ValueError for a precision that is none of fp32, fp16, int8.
+    onnxruntime's CPU kernels, and torch's, block channels by the vector width (measured: 16 floats with AVX-512; 8
+    otherwise), which suits a GPU as well; TensorRT stores channels in multiples of 8 in 16 bits, of 32 in int8
+    (NVIDIA's advice) and of 16 in fp8.
+    Raises: ValueError for an unknown precision.
     """
-    if precision not in ("fp32", "fp16", "int8"):
-        raise ValueError(f"unknown precision {precision!r}. Available: fp32, fp16, int8.")
-    if spec.name == "ort-cpu":
+    _require_precision(precision)
+    if spec.name in ("ort-cpu", "torch"):
         return 16 if "avx512f" in cpu_isa() else 8
-    return 32 if precision == "int8" else 8
+    return {"int8": 32, "fp8": 16}.get(precision, 8)
+
+
+def require_precision(target: Target, precision: str) -> None:
+    """Nothing, if `target` takes that precision. Raises: ValueError for an unknown one; TargetUnavailable."""
+    _require_precision(precision)
+    reason = target.refuses(precision)
+    if reason:
+        raise TargetUnavailable(f"target '{target.spec}' takes no {precision}: {reason}")
 
 
 def require_usable(target: Target) -> None:
@@ -323,19 +443,23 @@ def sidecar_path(engine_path: Path) -> Path:
     return engine_path.with_suffix(".json")
 
 
+def built_with(engine: Engine) -> BuildOptions:
+    """The options that an engine was built with, as its sidecar tells: those of its dense control have to be the same.
+
+    Raises: IntegrityError when the sidecar tells of options that there are not.
+    """
+    try:
+        return BuildOptions.model_validate(engine.flags.get("options", {}))
+    except ValidationError as err:
+        raise IntegrityError(f"{engine.file}: its sidecar tells of unknown options. Build the engine again.") from err
+
+
 def read_engine(engine_path: Path) -> Engine:
     """The sidecar of an engine file, once the file has been found to be the one it describes.
 
     Raises: FileNotFoundError; IntegrityError when the sidecar is missing or unreadable, or the digest is another.
     """
-    _require_file(engine_path, what="engine")
-    path = sidecar_path(engine_path)
-    try:
-        engine = Engine.model_validate_json(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as err:
-        raise IntegrityError(f"{engine_path}: its sidecar {path.name} is missing. Build the engine again.") from err
-    except (ValidationError, UnicodeDecodeError) as err:
-        raise IntegrityError(f"{path}: not the sidecar of an engine. Build the engine again.") from err
+    engine = read_sidecar(engine_path)
     digest = sha256_file(engine_path)
     if digest != engine.sha256:
         raise IntegrityError(
@@ -345,25 +469,49 @@ def read_engine(engine_path: Path) -> Engine:
     return engine
 
 
+def read_sidecar(engine_path: Path) -> Engine:
+    """The sidecar of an engine file, which is not looked at.
+
+    Raises: FileNotFoundError without the engine; IntegrityError when the sidecar is missing or unreadable.
+    """
+    _require_file(engine_path, what="engine")
+    path = sidecar_path(engine_path)
+    try:
+        return Engine.model_validate_json(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as err:
+        raise IntegrityError(f"{engine_path}: its sidecar {path.name} is missing. Build the engine again.") from err
+    except (ValidationError, UnicodeDecodeError) as err:
+        raise IntegrityError(f"{path}: not the sidecar of an engine. Build the engine again.") from err
+
+
 def checked_feeds(feeds: Mapping[str, Any], expected: Mapping[str, TensorType]) -> dict[str, np.ndarray]:
     """`feeds` as contiguous numpy arrays that fit `expected`; anything with `__dlpack__` on the CPU is taken.
 
     Raises: ValueError naming the first input that is missing, unknown, or has another dtype or shape.
     """
-    if feeds.keys() != expected.keys():
-        raise ValueError(f"inputs {sorted(feeds)} given, {sorted(expected)} expected. Name the inputs as the network.")
+    require_names(feeds, expected)
     arrays = {name: _as_array(name, feeds[name]) for name in expected}
     for name, array in arrays.items():
-        shape, dtype = expected[name]
-        if array.dtype != dtype:
-            raise ValueError(f"input '{name}': dtype {array.dtype} given, {dtype} expected. Convert it first.")
-        fits = array.ndim == len(shape) and all(want in (-1, got) for got, want in zip(array.shape, shape, strict=True))
-        if not fits or not array.size:
-            raise ValueError(
-                f"input '{name}': shape {array.shape} given, {_shape_text(shape)} expected. "
-                "Give one batch of the network's own size."
-            )
+        require_fit(name, array.shape, array.dtype, expected[name])
     return arrays
+
+
+def require_names(feeds: Mapping[str, Any], expected: Mapping[str, TensorType]) -> None:
+    """Nothing, if every input is there and no other. Raises: ValueError."""
+    if feeds.keys() != expected.keys():
+        raise ValueError(f"inputs {sorted(feeds)} given, {sorted(expected)} expected. Name the inputs as the network.")
+
+
+def require_fit(name: str, shape: tuple[int, ...], dtype: np.dtype, expected: TensorType) -> None:
+    """Nothing, if an array of that shape and type is one for input `name`. Raises: ValueError."""
+    if dtype != expected.dtype:
+        raise ValueError(f"input '{name}': dtype {dtype} given, {expected.dtype} expected. Convert it first.")
+    same_rank = len(shape) == len(expected.shape)
+    if not (same_rank and all(want in (-1, got) and got for got, want in zip(shape, expected.shape, strict=True))):
+        raise ValueError(
+            f"input '{name}': shape {shape} given, {_shape_text(expected.shape)} expected. "
+            "Give one batch of the network's own size."
+        )
 
 
 @functools.cache

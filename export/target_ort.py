@@ -1,50 +1,54 @@
-"""Target `ort-cpu`: onnxruntime on this CPU; the engine is the graph as onnxruntime optimised it for this CPU."""
+"""Targets `ort-cpu` and `ort-cuda`: onnxruntime on this CPU, or through its CUDA provider on the GPU at hand.
+
+On a CPU the engine is the graph as onnxruntime optimised it there. On a GPU it is the ONNX file itself, once it has
+run there: the graph that onnxruntime makes of it for CUDA holds nothing that is slow to make again.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import functools
-import importlib
-import json
+import io
 import platform
-import tempfile
-from bisect import bisect_right
-from collections.abc import Callable, Mapping
+import re
+import shutil
+import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .errors import BuildFailed, MeasureFailed
-from .target import (
-    Build,
-    Engine,
-    NodeLaps,
-    Session,
-    Target,
-    TargetSpec,
-    TensorType,
-    checked_feeds,
-    cpu_isa,
+from .errors import BuildFailed, MeasureFailed, TargetUnavailable
+from .layer_types import QUANTISING, told_types
+from .layers import MULTIPLYING, LayerMap
+from .nvidia import driver_cuda
+from .onnx_graph import OnnxGraph, OnnxNode, read_graph
+from .ort_session import (
+    BLOCKED,
+    CPU,
+    CUDA,
+    OrtCudaSession,
+    OrtSession,
+    ProfiledOrtCudaSession,
+    ProfiledOrtSession,
+    nodes_of_provider,
+    open_session,
+    profiling,
+    session_options,
+    version,
 )
+from .target import Build, Engine, LayerTypes, NodeLaps, Session, Target, TargetSpec, cpu_isa
 
 if TYPE_CHECKING:
     import onnxruntime
 
-# onnxruntime's severities: 3 is "error". Below it lies the warning that a saved graph fits one kind of CPU only,
-# which the sidecar records and `cannot_run` checks.
-LOG_ERRORS_ONLY = 3
-# How onnxruntime ends the names of a profile's entries, and those of nodes that it moved to its blocked layout.
-KERNEL = "_kernel_time"
-BLOCKED = "_nchwc"
-DTYPES = {
-    "tensor(float)": np.float32,
-    "tensor(float16)": np.float16,
-    "tensor(double)": np.float64,
-    "tensor(uint8)": np.uint8,
-    "tensor(int8)": np.int8,
-    "tensor(int32)": np.int32,
-    "tensor(int64)": np.int64,
-}
+# Nodes that onnxruntime adds to bring channels into its blocked layout, and back.
+REFORMATTING = ("ReorderInput", "ReorderOutput")
+# How it names what it computes in float32 because it has no kernel for 16 bits.
+FLOATED = "InsertedPrecisionFreeCast_"
+# The libraries that the CUDA provider loads by itself, by the CUDA generation it was built for.
+CUDA_LIBRARIES = ("libcudart.so.{}", "libcublasLt.so.{}", "libcublas.so.{}", "libcurand.so.10", "libcudnn.so.9")
 
 
 class OrtCpuTarget(Target):
@@ -62,15 +66,13 @@ class OrtCpuTarget(Target):
 
     def unusable(self) -> str | None:
         """Why onnxruntime cannot be used here; None when it can."""
-        try:
-            import onnxruntime
-        except ModuleNotFoundError:
-            return "onnxruntime is not installed. Install chip-deploy[ort]."
-        except ImportError as err:
-            return f"onnxruntime does not load ({err}). Install chip-deploy[ort] again."
-        if "CPUExecutionProvider" not in onnxruntime.get_available_providers():
-            return "this onnxruntime has no CPU provider. Install chip-deploy[ort]."
-        return None
+        return _no_provider(CPU)
+
+    def refuses(self, precision: str) -> str | None:
+        """Why this target builds no engine in `precision`: what the CPU provider has no convolution for."""
+        if precision in ("fp32", "fp16", "int8"):
+            return None
+        return f"onnxruntime has no {precision} convolution for a CPU. Use a GPU target for it."
 
     def _build(self, onnx_path: Path, engine_path: Path) -> Build:
         optimised = self._session(onnx_path, optimise=True, save_to=engine_path)
@@ -83,8 +85,13 @@ class OrtCpuTarget(Target):
                 "graph_optimization": "all",
                 "inter_op_threads": 1,
             },
-            versions={"onnxruntime": _version()},
+            versions={"onnxruntime": version()},
         )
+
+    def _layer_types(self, onnx_path: Path, engine_path: Path, build: Build, precision: str) -> LayerTypes:
+        """By the optimised graph, which tells what becomes of a precision: this CPU has kernels for few of them."""
+        del build
+        return optimised_types(read_graph(engine_path), LayerMap(read_graph(onnx_path)), precision)
 
     def _cannot_run(self, engine: Engine) -> str | None:
         if reason := self.unusable():
@@ -94,237 +101,245 @@ class OrtCpuTarget(Target):
             if built != here.get(key):
                 return f"it was optimised for {key} '{built}', and this machine has '{here.get(key)}'"
         built = engine.versions.get("onnxruntime")
-        if built != _version():
-            return f"it was optimised by onnxruntime {built}, and this one is {_version()}"
+        if built != version():
+            return f"it was optimised by onnxruntime {built}, and this one is {version()}"
         return None
 
-    def _open(self, engine_path: Path) -> Session:
+    def _open(self, engine_path: Path, *, weights: Path | None = None) -> Session:
+        del weights  # the file holds them
         return self._session(engine_path, optimise=False)
 
     def _open_onnx(self, onnx_path: Path) -> Session:
         return self._session(onnx_path, optimise=True)
 
     def _session(self, path: Path, *, optimise: bool, save_to: Path | None = None) -> OrtSession:
-        options = self._options(optimise=optimise)
+        options = session_options(threads=self.threads, optimise=optimise)
         if save_to is not None:
             options.optimized_model_filepath = str(save_to)
         profiled = functools.partial(self._profiled, path, optimise=optimise)
-        return OrtSession(_inference(path, options), name=str(path), profiled=profiled)
+        return OrtSession(open_session(path, options), name=str(path), profiled=profiled)
 
     def _profiled(self, path: Path, *, optimise: bool) -> ProfiledOrtSession:
-        try:
-            folder = tempfile.TemporaryDirectory(prefix="chip-deploy-profile-")
-        except OSError as err:
-            raise MeasureFailed(f"there is no folder for a profile ({err}). Set TMPDIR to one.") from err
-        options = self._options(optimise=optimise)
-        options.enable_profiling = True
-        options.profile_file_prefix = str(Path(folder.name) / "profile")
-        try:
-            session = _inference(path, options)
-        except BuildFailed:
-            folder.cleanup()
-            raise
-        return ProfiledOrtSession(session, name=str(path), folder=folder, threads=self.threads)
-
-    def _options(self, *, optimise: bool) -> onnxruntime.SessionOptions:
-        import onnxruntime
-
-        levels = onnxruntime.GraphOptimizationLevel
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = self.threads
-        options.inter_op_num_threads = 1
-        options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
-        options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimise else levels.ORT_DISABLE_ALL
-        options.log_severity_level = LOG_ERRORS_ONLY
-        return options
+        with profiling(session_options(threads=self.threads, optimise=optimise)) as (options, folder):
+            return ProfiledOrtSession(
+                open_session(path, options), name=str(path), folder=folder, runtime=_runtime(self.threads)
+            )
 
 
-class OrtSession:
-    """A graph that onnxruntime has loaded. Inputs and outputs keep their buffers from lap to lap."""
+class OrtCudaTarget(Target):
+    """onnxruntime's CUDA provider on the first GPU, with inputs and outputs that stay there.
 
-    def __init__(
-        self,
-        session: onnxruntime.InferenceSession,
-        *,
-        name: str,
-        profiled: Callable[[], ProfiledOrtSession] | None = None,
-    ) -> None:
-        self._session: onnxruntime.InferenceSession | None = session
-        self._name = name
-        self._profiled = profiled
-        self._binding: onnxruntime.IOBinding | None = None
-        self._expected = {node.name: _tensor_type(node) for node in session.get_inputs()}
-        self.input_names = list(self._expected)
-        self.output_names = [node.name for node in session.get_outputs()]
-        self.input_shapes = {name: kind.shape for name, kind in self._expected.items()}
-
-    def run(self, feeds: Mapping[str, Any]) -> dict[str, np.ndarray]:
-        """The outputs for `feeds`, by name. Raises: ValueError for feeds that do not fit; MeasureFailed."""
-        self.bind(feeds)
-        return self.outputs()
-
-    def bind(self, feeds: Mapping[str, Any]) -> None:
-        """Copy `feeds` into buffers of their own and run once, so that the outputs have theirs.
-
-        Raises: ValueError for feeds that do not fit; MeasureFailed when onnxruntime cannot run them.
-        """
-        import onnxruntime
-
-        session = self._open_session()
-        binding = session.io_binding()
-        for name, array in checked_feeds(feeds, self._expected).items():
-            binding.bind_ortvalue_input(name, onnxruntime.OrtValue.ortvalue_from_numpy(array.copy()))
-        for name in self.output_names:
-            binding.bind_output(name)
-        self._execute(binding)
-        for name, value in zip(self.output_names, binding.get_outputs(), strict=True):
-            binding.bind_ortvalue_output(name, value)
-        self._binding = binding
-
-    def lap(self) -> None:
-        """One execution on the bound inputs. Raises: MeasureFailed when nothing is bound."""
-        self._execute(self._bound())
-
-    def profiled(self) -> ProfiledOrtSession:
-        """A session of its own on the same file, whose laps are timed node by node. Raises: BuildFailed."""
-        if self._profiled is None:
-            raise MeasureFailed(f"{self._name}: this session is profiled already. Close it and open another.")
-        return self._profiled()
-
-    def outputs(self) -> dict[str, np.ndarray]:
-        """The outputs of the latest execution, by name, as copies."""
-        values = self._bound().get_outputs()
-        return {name: value.numpy().copy() for name, value in zip(self.output_names, values, strict=True)}
-
-    def close(self) -> None:
-        """Give back the graph and its buffers."""
-        self._binding = None
-        self._session = None
-
-    def _execute(self, binding: onnxruntime.IOBinding) -> None:
-        try:
-            self._open_session().run_with_iobinding(binding)
-        except foreign_errors() as err:
-            raise MeasureFailed(f"{self._name}: onnxruntime cannot run it: {_first_line(err)}") from err
-
-    def _open_session(self) -> onnxruntime.InferenceSession:
-        if self._session is None:
-            raise MeasureFailed(f"{self._name}: the session is closed. Open it again.")
-        return self._session
-
-    def _bound(self) -> onnxruntime.IOBinding:
-        if self._binding is None:
-            raise MeasureFailed(f"{self._name}: no inputs are bound. Call bind first.")
-        return self._binding
-
-
-class ProfiledOrtSession(OrtSession):
-    """A graph whose nodes onnxruntime times, to the microsecond; it writes them to a file when it is asked."""
-
-    def __init__(
-        self,
-        session: onnxruntime.InferenceSession,
-        *,
-        name: str,
-        folder: tempfile.TemporaryDirectory[str],
-        threads: int,
-    ) -> None:
-        super().__init__(session, name=name)
-        self._folder = folder
-        self.runtime = f"onnxruntime {_version()}, {threads} thread{'s' if threads > 1 else ''}"
-
-    def node_laps(self, laps: int) -> list[NodeLaps]:
-        """The nodes in the order they ran, with their times in the latest so many laps; no lap may follow.
-
-        Raises: MeasureFailed when onnxruntime's file cannot be read, as on a full disk, or holds fewer laps.
-        """
-        path = Path(self._open_session().end_profiling())
-        try:
-            nodes = read_trace(json.loads(path.read_text(encoding="utf-8")), laps=laps)
-        except (OSError, ValueError, KeyError, TypeError) as err:
-            raise MeasureFailed(
-                f"{self._name}: onnxruntime {_version()} wrote no profile that can be read ({err}). "
-                f"Look for free space in {path.parent.parent}."
-            ) from err
-        self.close()
-        return nodes
-
-    def close(self) -> None:
-        """Give back the graph, its buffers and the file of times."""
-        if self._session is not None:
-            self._session.end_profiling()
-        super().close()
-        self._folder.cleanup()
-
-
-def read_trace(events: list[dict[str, Any]], *, laps: int) -> list[NodeLaps]:
-    """The nodes of onnxruntime's JSON trace in the order they ran, with their times in its latest `laps` laps.
-
-    A node that runs several times in a lap counts as one; one that a lap leaves out counts 0 there.
-    Raises: ValueError when the trace holds fewer laps.
+    A session that onnxruntime gave to the CPU instead, as it does in silence, is refused. Options: `tf32`, and
+    `cuda_graph`, which captures the whole network where none of its nodes needs the CPU.
     """
-    runs = sorted((event["ts"], event["dur"]) for event in events if event["name"] == "model_run")
-    if len(runs) < laps:
-        raise ValueError(f"{len(runs)} laps instead of {laps}")
-    runs = runs[len(runs) - laps :]
-    starts = [start for start, _ in runs]
-    nodes: dict[str, NodeLaps] = {}
-    for event in sorted(events, key=lambda event: event["ts"]):
-        lap = bisect_right(starts, event["ts"]) - 1
-        if event["cat"] != "Node" or not event["name"].endswith(KERNEL) or lap < 0:
-            continue
-        name = event["name"].removesuffix(KERNEL)
-        node = nodes.setdefault(name, _node_laps(name, event["args"].get("op_name", ""), laps))
-        node.laps_ms[lap] += event["dur"] / 1e3
-    return list(nodes.values())
+
+    takes = ("tf32", "cuda_graph")
+
+    def unusable(self) -> str | None:
+        """Why the CUDA provider cannot be used here; None when it can. Loads the libraries that it needs."""
+        from .target_trt import find_gpu
+
+        if reason := _no_provider(CUDA):
+            return reason
+        gpu = find_gpu()
+        reason = gpu if isinstance(gpu, str) else _cuda_mismatch()
+        if not reason:
+            return None
+        return f"{reason}. Use --target ort-cpu here, or run `chip-deploy build DIR --target ort-cuda` on the device."
+
+    def refuses(self, precision: str) -> str | None:
+        """Why this target builds no engine in `precision`: what the CUDA provider has no convolution for."""
+        if precision in ("fp32", "fp16"):
+            return None
+        if precision == "bf16":
+            return "the CUDA provider convolves in bfloat16 from opset 22 on, and pools in none. Use --target trt."
+        return f"the CUDA provider has no {precision} convolution and would multiply in float. Use --target trt."
+
+    def _build(self, onnx_path: Path, engine_path: Path) -> Build:
+        with contextlib.closing(self._session(onnx_path)) as session:
+            session.run(session.random_feeds())
+            graph = session.uses_graph
+            _require_lap(session, onnx_path)
+        on_cpu = self._nodes_on_cpu(onnx_path)
+        products = [name for name, operator in on_cpu.items() if any(kind in operator for kind in MULTIPLYING)]
+        if products:
+            raise BuildFailed(
+                f"{onnx_path}: onnxruntime {version()} computes {', '.join(products)} on the CPU, because its CUDA "
+                "provider cannot. Use --target trt."
+            )
+        shutil.copyfile(onnx_path, engine_path)
+        flags = {"tf32": self.options.tf32, "cuda_graph": graph, "nodes_on_cpu": sorted(on_cpu)}
+        return Build(built_for=_this_gpu(), flags=flags, versions={"onnxruntime": version()})
+
+    def _cannot_run(self, engine: Engine) -> str | None:
+        if reason := self.unusable():
+            return reason.partition(". Use --target")[0].rstrip(".")
+        here = _this_gpu()
+        for key, built in engine.built_for.items():
+            if built != here.get(key):
+                return f"it was checked on {key} '{built}', and this machine has '{here.get(key)}'"
+        built = engine.versions.get("onnxruntime")
+        return None if built == version() else f"it was checked by onnxruntime {built}, and this one is {version()}"
+
+    def _open(self, engine_path: Path, *, weights: Path | None = None) -> Session:
+        del weights  # the file holds them
+        return self._session(engine_path)
+
+    def _open_onnx(self, onnx_path: Path) -> Session:
+        return self._session(onnx_path)
+
+    def _session(self, path: Path) -> OrtCudaSession:
+        """With a CUDA graph where the options ask for one and onnxruntime can capture this network, else without."""
+        profiled = functools.partial(self._profiled, path)
+        if self.options.cuda_graph:
+            with contextlib.suppress(BuildFailed):  # a file that cannot be opened at all is told below
+                session = self._inference(path, session_options(threads=1, optimise=True), cuda_graph=True)
+                return OrtCudaSession(session, name=str(path), profiled=profiled, uses_graph=True)
+        session = self._inference(path, session_options(threads=1, optimise=True), cuda_graph=False)
+        return OrtCudaSession(session, name=str(path), profiled=profiled, uses_graph=False)
+
+    def _profiled(self, path: Path) -> ProfiledOrtCudaSession:
+        with profiling(session_options(threads=1, optimise=True)) as (options, folder):
+            session = self._inference(path, options, cuda_graph=False)
+            runtime = f"{_runtime()}, {_this_gpu()['gpu']}"
+            return ProfiledOrtCudaSession(session, name=str(path), folder=folder, runtime=runtime)
+
+    def _nodes_on_cpu(self, path: Path) -> dict[str, str]:
+        """The nodes that the session gives to the CPU, with their operators, from a profile of one run."""
+        with contextlib.closing(self._profiled(path)) as session:
+            session.run(session.random_feeds())
+            return nodes_of_provider(session.trace(), CPU)
+
+    def _inference(
+        self, path: Path, options: onnxruntime.SessionOptions, *, cuda_graph: bool
+    ) -> onnxruntime.InferenceSession:
+        """Raises: BuildFailed; TargetUnavailable when the CUDA provider does not load."""
+        settings = {
+            "device_id": "0",
+            "use_tf32": str(int(self.options.tf32)),
+            "enable_cuda_graph": str(int(cuda_graph)),
+        }
+        session = open_session(path, options, provider=(CUDA, settings))
+        if session.get_providers()[:1] != [CUDA]:
+            raise TargetUnavailable(
+                f"{path}: onnxruntime {version()} fell back to the CPU: its CUDA provider does not load, which needs "
+                f"CUDA {_cuda_built_for() or 'of its generation'} and cuDNN 9. Install them, or use --target ort-cpu."
+            )
+        return session
 
 
-def foreign_errors() -> tuple[type[Exception], ...]:
-    """Every exception that onnxruntime's own code raises; they share no base class but Exception."""
-    state = importlib.import_module("onnxruntime.capi.onnxruntime_pybind11_state")
-    own = [kind for kind in vars(state).values() if isinstance(kind, type) and issubclass(kind, Exception)]
-    return (*own, RuntimeError)
+def optimised_types(optimised: OnnxGraph, layers: LayerMap, precision: str) -> LayerTypes:
+    """The types in which the nodes of a graph run that onnxruntime has optimised for a CPU; `layers` are the file's.
+
+    A Q/DQ node that is left there runs by itself, that of a weight as well; one for its blocked layout reformats.
+    """
+    nodes = [node for node in optimised.nodes if node.operator not in QUANTISING]
+    reformats = [node for node in nodes if node.operator in REFORMATTING]
+    working = [node for node in nodes if node not in reformats and node.operator not in ("Cast", "Constant")]
+    names = layers.layers([NodeLaps(node.name, node.operator, _origin(node), []) for node in working])
+    return told_types(
+        [
+            (" + ".join(name) or node.name or node.operator, _ran_type(node, optimised), _multiplies(node))
+            for node, name in zip(working, names, strict=True)
+        ],
+        precision,
+        unfused=[node.name for node in optimised.nodes if node.operator in QUANTISING],
+        reformats=len(reformats),
+    )
 
 
-def _inference(path: Path, options: onnxruntime.SessionOptions) -> onnxruntime.InferenceSession:
-    """Raises: BuildFailed with onnxruntime's own words when it cannot open the file."""
-    import onnxruntime
+def _multiplies(node: OnnxNode) -> bool:
+    return any(kind in node.operator for kind in ("Conv", "Gemm", "MatMul"))
 
+
+def _ran_type(node: OnnxNode, graph: OnnxGraph) -> str:
+    """The type in which a node computes: int8 for onnxruntime's own quantised operators, else that of what it reads."""
+    if re.match(r"Q[A-Z]|.*Integer", node.operator):
+        return "int8"
+    return next((graph.types[name] for name in node.inputs if graph.types.get(name)), "unknown")
+
+
+def _origin(node: OnnxNode) -> str:
+    """Text with the names of the ONNX node that became this one: its own, and that of the tensor it writes."""
+    return f"{node.name.removesuffix(BLOCKED)} {' '.join(node.outputs)}".replace(FLOATED, "")
+
+
+def _require_lap(session: OrtCudaSession, onnx_path: Path) -> None:
+    """Raises: BuildFailed when a lap fails that had run without a CUDA graph, or for any other reason."""
     try:
-        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    except foreign_errors() as err:
-        raise BuildFailed(f"{path}: onnxruntime {_version()} cannot open it: {_first_line(err)}") from err
-
-
-def _node_laps(name: str, operator: str, laps: int) -> NodeLaps:
-    """A node without times yet; its name is that of the ONNX node, or of the last tensor of those fused into it."""
-    origin = name.removesuffix(BLOCKED)
-    return NodeLaps(name, operator if origin == name else f"{operator} (blocked)", origin, [0.0] * laps)
+        session.lap()
+    except MeasureFailed as err:
+        advice = " Build without a CUDA graph: --set build.cuda_graph=false." if session.uses_graph else ""
+        raise BuildFailed(f"{onnx_path}: {str(err).rstrip('.')}.{advice}") from err
 
 
 def _require_same_outputs(optimised: OrtSession, reopened: OrtSession, onnx_path: Path) -> None:
     """Raises: BuildFailed unless both sessions give the same bits for a seeded random input."""
-    random = np.random.default_rng(0)
-    feeds = {}
-    for name, (shape, dtype) in optimised._expected.items():
-        feeds[name] = random.standard_normal([1 if axis == -1 else axis for axis in shape]).astype(dtype)
+    feeds = optimised.random_feeds()
     expected, given = optimised.run(feeds), reopened.run(feeds)
     for name, output in expected.items():
         if not np.array_equal(output, given[name], equal_nan=output.dtype.kind == "f"):
             raise BuildFailed(
-                f"{onnx_path}: output '{name}' changes when the graph that onnxruntime {_version()} optimised is "
+                f"{onnx_path}: output '{name}' changes when the graph that onnxruntime {version()} optimised is "
                 "saved and opened again. Use another onnxruntime version."
             )
 
 
-def _tensor_type(node: onnxruntime.NodeArg) -> TensorType:
-    """Shape and dtype of an input; axes that onnxruntime names, or knows nothing of, are free."""
-    if node.type not in DTYPES:
-        raise BuildFailed(f"input '{node.name}': type {node.type} is not supported. Available: {', '.join(DTYPES)}.")
-    return TensorType(
-        shape=tuple(axis if isinstance(axis, int) else -1 for axis in node.shape),
-        dtype=np.dtype(DTYPES[node.type]),
+def _no_provider(provider: str) -> str | None:
+    """Why this onnxruntime cannot be used with that provider, as a sentence with the remedy; None when it can."""
+    try:
+        import onnxruntime
+    except ModuleNotFoundError:
+        return "onnxruntime is not installed. Install chip-deploy[ort]."
+    except ImportError as err:
+        return f"onnxruntime does not load ({err}). Install chip-deploy[ort] again."
+    if provider in onnxruntime.get_available_providers():
+        return None
+    if provider == CPU:
+        return "this onnxruntime has no CPU provider. Install chip-deploy[ort]."
+    return "this onnxruntime has no CUDA provider. Install onnxruntime-gpu in place of onnxruntime."
+
+
+def _cuda_mismatch() -> str | None:
+    """Why the CUDA provider would not load beside this driver and these libraries, as a phrase; None when it would."""
+    built_for, offered = _cuda_built_for(), driver_cuda()
+    if built_for and offered and offered[0] < int(built_for):
+        return (
+            f"onnxruntime {version()} needs CUDA {built_for}, and the driver is for CUDA {offered[0]}.{offered[1]} at "
+            "most: update the driver"
+        )
+    missing = _missing_library(built_for) if built_for and sys.platform == "linux" else None
+    if missing is None:
+        return None
+    return (
+        f"onnxruntime {version()} finds no {missing}: install onnxruntime-gpu[cuda,cudnn], or CUDA {built_for} itself"
     )
+
+
+@functools.cache
+def _missing_library(generation: str) -> str | None:
+    """The first library of the CUDA provider that does not load, once those of installed packages have been loaded."""
+    import onnxruntime
+
+    # Before 1.21 nothing loads them but the system itself.
+    preload = getattr(onnxruntime, "preload_dlls", None)
+    if preload is not None:
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints what it does not find
+            preload()
+    for library in CUDA_LIBRARIES:
+        name = library.format(generation)
+        try:
+            ctypes.CDLL(name)
+        except OSError:
+            return name
+    return None
+
+
+def _cuda_built_for() -> str:
+    """The CUDA generation that this onnxruntime was built for, `13`; empty where it does not say."""
+    import onnxruntime
+
+    return str(getattr(onnxruntime, "cuda_version", "") or "").partition(".")[0]
 
 
 def _this_cpu() -> dict[str, str]:
@@ -335,11 +350,17 @@ def _this_cpu() -> dict[str, str]:
     }
 
 
-def _version() -> str:
-    import onnxruntime
+def _this_gpu() -> dict[str, str]:
+    from .target_trt import find_gpu
 
-    return onnxruntime.__version__
+    gpu = find_gpu()
+    if isinstance(gpu, str):
+        raise TargetUnavailable(f"target 'ort-cuda' cannot be used here: {gpu}. Run it on the device.")
+    return {"gpu": gpu.name, "capabilities": gpu.sm}
 
 
-def _first_line(err: Exception) -> str:
-    return " ".join(str(err).split("\n")[0].split())
+def _runtime(threads: int | None = None) -> str:
+    """The runtime as a report names it: `onnxruntime 1.31.1, 1 thread`."""
+    if threads is None:
+        return f"onnxruntime {version()}"
+    return f"onnxruntime {version()}, {threads} thread{'s' if threads > 1 else ''}"

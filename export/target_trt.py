@@ -12,31 +12,33 @@ import ctypes
 import functools
 import importlib
 import importlib.util
-import json
 import re
 import sys
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-
-from .errors import BuildFailed, MeasureFailed, TargetUnavailable
+from .bundle import sha256_file
+from .candidates import build_arithmetic, fastest
+from .errors import BuildFailed, IntegrityError, ParityFailed, TargetUnavailable
+from .layer_types import engine_types
+from .shapes import parse_shapes
 from .target import (
     CAPABILITIES,
     Build,
+    BuildOptions,
     Engine,
-    NodeLaps,
-    RoundTrip,
+    LayerTypes,
     Session,
     Target,
-    TensorType,
-    checked_feeds,
+    TargetSpec,
+    built_with,
+    read_sidecar,
 )
+from .trt_build import Plan, build_plan
+from .trt_caches import CacheFile, runtime_cache_file, timing_cache_file
+from .trt_session import SessionOptions, TrtSession, engine_information, plan_sha256
 
-# Smallest, expected and largest batch of an engine whose ONNX file leaves the batch free.
-DYNAMIC_BATCH = (1, 1, 32)
 # What TensorRT-RTX documents for an engine that names no compute capability: 8.0, 8.6, 8.9, 12.0 and later.
 PORTABLE = ("sm80", "sm86", "sm89")
 PORTABLE_FROM = 120
@@ -44,8 +46,19 @@ PORTABLE_FROM = 120
 CUDA_RUNTIME_NAMES = ("cuda.bindings.runtime", "cuda.cudart")
 CU_COMPUTE_CAPABILITY_MAJOR = 75
 CU_COMPUTE_CAPABILITY_MINOR = 76
-# Kinds of layers that TensorRT adds to bring data into another layout; their names hold those of their neighbours.
-REFORMATTING = ("Reformat", "NoOp")
+PRODUCTS = {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT-RTX"}
+# The first compute capability that an engine built with `ampere-plus` runs on.
+AMPERE = 80
+# What the ONNX file cannot tell of TensorRT-RTX (seen with 1.7.1; a test fails when it no longer holds).
+DEMOTED = (
+    "TensorRT-RTX may take FP16 weights, overflow and all, for a layer that is FP32 in the file but stands between "
+    "FP16 values: check its outputs on the device."
+)
+# The first compute capability with arithmetic of that type; TensorRT-RTX refuses to build for an earlier one.
+FIRST_WITH = {"bf16": 80, "fp8": 89}
+# Build options that only one of the two has.
+ONLY_STANDARD = ("hardware_compatibility", "timing_cache", "builds")
+ONLY_RTX = ("runtime_cache",)
 
 
 class Gpu(NamedTuple):
@@ -57,6 +70,24 @@ class Gpu(NamedTuple):
 
 class TensorRTTarget(Target):
     """TensorRT (`trt`: builds on the GPU at hand) or TensorRT-RTX (`trt-rtx:sm86,...`: builds without any GPU)."""
+
+    def __init__(self, spec: TargetSpec, *, options: BuildOptions | None = None) -> None:
+        """Raises: ValueError for an option that this target cannot take, or shapes that are misspelt."""
+        super().__init__(spec, options=options)
+        for text in self.options.shapes:
+            parse_shapes(text)
+        if not self._ahead_of_time:
+            return
+        if self.options.hardware_compatibility != "none":
+            raise ValueError(
+                f"target '{spec}': build.hardware_compatibility is standard TensorRT's. "
+                "Name the GPUs instead: --target trt-rtx:sm86,sm89."
+            )
+        if self.options.builds > 1:
+            raise ValueError(
+                f"target '{spec}': TensorRT-RTX builds the same bytes every time, so there is nothing to choose from. "
+                "Leave build.builds at 1."
+            )
 
     def unusable(self) -> str | None:
         """Why nothing can be built here; None when it can. Looks for files and a driver, and builds nothing."""
@@ -75,16 +106,49 @@ class TensorRTTarget(Target):
             "or run `chip-deploy build DIR --target trt` on the device."
         )
 
+    def refuses(self, precision: str) -> str | None:
+        """Why no engine is built in `precision`: a GPU that it is for has no arithmetic of that type."""
+        if not self._ahead_of_time and isinstance(find_gpu(), str):
+            return None  # `unusable` tells that
+        first = FIRST_WITH.get(precision, 0)
+        without = [name for name in self._built_for()["capabilities"].split(",") if _number(name) < first]
+        if not without:
+            return None
+        return (
+            f"{precision} needs compute capability {_dotted(f'sm{first}')} or later, and the target is for "
+            f"{', '.join(map(_dotted, without))} too. Name others, or leave {precision} out."
+        )
+
+    @property
+    def takes(self) -> tuple[str, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """TensorRT-RTX times no kernels, and names its GPUs; standard TensorRT compiles none when it runs."""
+        other = ONLY_STANDARD if self._ahead_of_time else ONLY_RTX
+        return tuple(name for name in BuildOptions.model_fields if name not in other)
+
     def _build(self, onnx_path: Path, engine_path: Path) -> Build:
         trt = self._runtime()
-        plan, flags = self._plan(trt, onnx_path)
+        plan = self._plan(trt, onnx_path)
         with engine_path.open("wb") as file:
-            file.write(plan)
+            file.write(plan.data)
         return Build(
             built_for=self._built_for(),
-            flags=flags,
+            flags=plan.flags,
             versions={self._package: trt.__version__},
         )
+
+    def _layer_types(self, onnx_path: Path, engine_path: Path, build: Build, precision: str) -> LayerTypes | None:
+        """By the engine itself where a GPU here can open it, else by the ONNX file."""
+        gpu = find_gpu()
+        if isinstance(gpu, Gpu) and self._fits(build.built_for, gpu):
+            options = SessionOptions(host_code=self.options.version_compatible)
+            told = engine_information(self._runtime(), engine_path.read_bytes(), name=str(onnx_path), options=options)
+            with contextlib.suppress(ValueError):  # an inspector that tells nothing readable
+                if found := engine_types(told, precision, onnx_path=onnx_path, tf32=bool(build.flags.get("tf32"))):
+                    return found
+        types = super()._layer_types(onnx_path, engine_path, build, precision)
+        if types is None or not self._ahead_of_time or not {"fp16", "fp32"} <= types.multiplying.keys():
+            return types
+        return types.model_copy(update={"sentence": f"{types.sentence} {DEMOTED}"})
 
     def _cannot_run(self, engine: Engine) -> str | None:
         gpu = find_gpu()
@@ -94,30 +158,49 @@ class TensorRTTarget(Target):
             return f"{self._package} is not installed"
         if not any(map(_installed, CUDA_RUNTIME_NAMES)):
             return "cuda-python is not installed"
-        if reason := self._other_gpu(engine, gpu):
-            return reason
-        built, here = engine.versions.get(self._package), self._runtime().__version__
-        return None if built == here else f"it was built by {self._package} {built}, and this one is {here}"
+        return self._other_machine(engine, gpu, self._runtime().__version__)
 
-    def _open(self, engine_path: Path) -> Session:
-        return TrtSession(
-            self._runtime(),
-            load_cudart(),
-            engine_path.read_bytes(),
-            name=str(engine_path),
-        )
+    def _open(self, engine_path: Path, *, weights: Path | None = None) -> Session:
+        engine, plan = read_sidecar(engine_path), engine_path.read_bytes()
+        if plan_sha256(plan) != engine.sha256:
+            raise IntegrityError(f"{engine_path}: changed while it was opened. Build the engine again.")
+        built = built_with(engine)
+        options = self._session_options(engine.sha256, host_code=built.version_compatible)
+        if built.strip:
+            options = options._replace(weights=_weights(engine_path, engine, weights))
+        return TrtSession(self._runtime(), load_cudart(), plan, name=str(engine_path), options=options)
 
     def _open_onnx(self, onnx_path: Path) -> Session:
         return self._onnx_opener(onnx_path)()
 
     def _onnx_opener(self, onnx_path: Path) -> Callable[[], Session]:
-        """Sessions on one engine: two builds of one file may choose other kernels, and take their time."""
+        """Sessions on one engine: two builds of one file may choose other kernels, and take their time.
+
+        Where engines are the fastest of several builds that agree, this one is, too.
+        """
         gpu = find_gpu()
         if isinstance(gpu, str):
             raise TargetUnavailable(f"{onnx_path}: cannot run on target '{self.spec}': {gpu}. Run it on the device.")
+        if self.options.builds == 1:
+            return self._plan_opener(onnx_path)
+        openers = [self._plan_opener(onnx_path) for _ in range(self.options.builds)]
+        try:
+            return openers[fastest(openers, arithmetic=build_arithmetic(onnx_path, tf32=self.options.tf32))]
+        except ParityFailed as err:
+            raise ParityFailed(f"{onnx_path}: {err}") from err
+
+    def _plan_opener(self, onnx_path: Path) -> Callable[[], Session]:
         trt = self._runtime()
-        plan, _ = self._plan(trt, onnx_path)
-        return lambda: TrtSession(trt, load_cudart(), plan, name=str(onnx_path))
+        plan = self._plan(trt, onnx_path).data
+        options = self._session_options(plan_sha256(plan), host_code=self.options.version_compatible)
+        if self.options.strip:
+            options = options._replace(weights=onnx_path)
+        return lambda: TrtSession(trt, load_cudart(), plan, name=str(onnx_path), options=options)
+
+    @property
+    def builds_differ(self) -> bool:
+        """Standard TensorRT times its kernels while it builds; TensorRT-RTX builds the same bytes every time."""
+        return not self._ahead_of_time
 
     @property
     def _ahead_of_time(self) -> bool:
@@ -131,347 +214,74 @@ class TensorRTTarget(Target):
         """The module `tensorrt` or `tensorrt_rtx`. Raises: TargetUnavailable when its libraries do not load."""
         return _import(self._package)
 
+    def _plan(self, trt: Any, onnx_path: Path) -> Plan:
+        return build_plan(
+            trt,
+            onnx_path,
+            self.options,
+            capabilities=self.spec.capabilities,
+            timing_cache=self._timing_cache(trt),
+        )
+
+    def _timing_cache(self, trt: Any) -> CacheFile | None:
+        """Where this GPU's kernel timings are kept; TensorRT-RTX times nothing, and several builds each time anew."""
+        gpu = find_gpu()
+        wanted = self.options.timing_cache and self.options.builds == 1
+        if self._ahead_of_time or not wanted or isinstance(gpu, str):
+            return None
+        return timing_cache_file(package=self._package, version=trt.__version__, gpu=gpu.name, sm=gpu.sm)
+
+    def _session_options(self, engine_sha256: str, *, host_code: bool) -> SessionOptions:
+        gpu = find_gpu()
+        cache = None
+        if self._ahead_of_time and self.options.runtime_cache and isinstance(gpu, Gpu):
+            version = self._runtime().__version__
+            cache = runtime_cache_file(
+                package=self._package, version=version, gpu=gpu.name, sm=gpu.sm, engine_sha256=engine_sha256
+            )
+        return SessionOptions(cuda_graph=self.options.cuda_graph, host_code=host_code, cache=cache)
+
     def _built_for(self) -> dict[str, str]:
         if self._ahead_of_time:
             return {"capabilities": ",".join(self.spec.capabilities) or f"{','.join(PORTABLE)},sm{PORTABLE_FROM}+"}
         gpu = find_gpu()
-        assert isinstance(gpu, Gpu), "unusable() was asked before the build"
+        assert isinstance(gpu, Gpu), "unusable() was asked before"
+        match self.options.hardware_compatibility:
+            case "ampere-plus":
+                return {"capabilities": f"sm{AMPERE}+"}
+            case "same-compute-capability":
+                return {"capabilities": gpu.sm}
         return {"gpu": gpu.name, "capabilities": gpu.sm}
 
-    def _other_gpu(self, engine: Engine, gpu: Gpu) -> str | None:
-        """Why the engine does not fit this GPU: a standard one fits its own model, an RTX one what it names."""
+    def _fits(self, built_for: dict[str, str], gpu: Gpu) -> bool:
+        """Whether an engine runs on that GPU: on its own model where it names one, else by compute capability."""
+        if "gpu" in built_for:
+            return built_for["gpu"] == gpu.name
+        return any(_covers(capability, gpu.sm) for capability in built_for.get("capabilities", "").split(","))
+
+    def _other_machine(self, engine: Engine, gpu: Gpu, version: str) -> str | None:
+        """What this machine has instead of what the engine was built for, and what to do; None when they fit."""
+        product, built = PRODUCTS[self._package], engine.versions.get(self._package, "unknown")
+        here = []
+        if not self._fits(engine.built_for, gpu):
+            here.append(f"SM {_dotted(gpu.sm)} ({gpu.name})")
+        if not _version_fits(built, version, compatible=built_with(engine).version_compatible):
+            here.append(f"{product} {version}")
+        if not here:
+            return None
+        capabilities = engine.built_for.get("capabilities", "unknown")
+        where = "SM " + ", ".join(_dotted(each) for each in capabilities.split(","))
+        model = f" ({engine.built_for['gpu']})" if "gpu" in engine.built_for else ""
+        return (
+            f"built for {where}{model} with {product} {built}; this machine has {' and '.join(here)}: "
+            f"rebuild with `chip-deploy build DIR --target {self._target_for(gpu)}`"
+        )
+
+    def _target_for(self, gpu: Gpu) -> str:
+        """The target that builds for that GPU: TensorRT-RTX knows some capabilities, the standard one all."""
         if not self._ahead_of_time:
-            built = engine.built_for.get("gpu")
-            return None if built == gpu.name else f"it was built for {built}, and this GPU is {gpu.name}"
-        named = self.spec.capabilities
-        fits = gpu.sm in named if named else gpu.sm in PORTABLE or int(gpu.sm[2:]) >= PORTABLE_FROM
-        return None if fits else f"it was built for {engine.built_for.get('capabilities')}, and this GPU is {gpu.sm}"
-
-    def _plan(self, trt: Any, onnx_path: Path) -> tuple[Any, dict[str, Any]]:
-        """The serialised engine and the flags it was built with. Raises: BuildFailed with what TensorRT logged."""
-        log = collecting_logger(trt)
-        builder = _construct(
-            trt.Builder,
-            log,
-            what=f"{onnx_path}: {self._package} {trt.__version__} makes no builder",
-        )
-        network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
-        _parse(trt, network, log, onnx_path)
-        config = builder.create_builder_config()
-        config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
-        profile = _add_batch_profile(builder, network, config)
-        self._set_capabilities(trt, config, onnx_path)
-        plan = builder.build_serialized_network(network, config)
-        if plan is None:
-            raise BuildFailed(f"{onnx_path}: {self._package} {trt.__version__} built no engine: {log.text()}.")
-        flags = {
-            "strongly_typed": True,
-            "tf32": config.get_flag(trt.BuilderFlag.TF32),
-            "profile": profile,
-            "warnings": log.warnings(),
-        }
-        return plan, flags
-
-    def _set_capabilities(self, trt: Any, config: Any, onnx_path: Path) -> None:
-        """Tell the builder which GPUs the engine is for. Raises: BuildFailed when it does not know one."""
-        if not self.spec.capabilities:
-            return
-        config.num_compute_capabilities = len(self.spec.capabilities)
-        for index, name in enumerate(self.spec.capabilities):
-            capability = getattr(trt.ComputeCapability, name.upper(), None)
-            if capability is None or not config.set_compute_capability(capability, index):
-                raise BuildFailed(f"{onnx_path}: {self._package} {trt.__version__} cannot build for {name}.")
-
-
-class TrtSession:
-    """A deserialised engine with its own stream; inputs and outputs stay in device memory from lap to lap."""
-
-    def __init__(self, trt: Any, cudart: Any, plan: Any, *, name: str, opened: TrtSession | None = None) -> None:
-        """A session on `plan`, or a second one on the engine that `opened` holds and must keep."""
-        self._trt, self._cudart, self._name = trt, cudart, name
-        self._log = collecting_logger(trt)
-        self._buffers: dict[str, DeviceBuffer] = {}
-        self._staging: dict[str, DeviceBuffer] = {}
-        self._events: list[Any] = []
-        self._bound = False
-        self._runtime: Any = opened._runtime if opened else self._made_runtime()
-        self._engine: Any = opened._engine if opened else self._made_engine(plan)
-        self._context: Any = self._made(self._engine.create_execution_context(), what="make an execution context")
-        modes = {tensor: self._engine.get_tensor_mode(tensor) for tensor in self._tensor_names()}
-        self._expected = {
-            tensor: self._tensor_type(tensor) for tensor in modes if modes[tensor] == trt.TensorIOMode.INPUT
-        }
-        self.input_names = list(self._expected)
-        self.output_names = [tensor for tensor in modes if tensor not in self._expected]
-        self.input_shapes = {tensor: kind.shape for tensor, kind in self._expected.items()}
-        # Not the default stream: TensorRT synchronises that one more often.
-        self._stream: Any = self._cuda("cudaStreamCreateWithFlags", cudart.cudaStreamNonBlocking)
-
-    def run(self, feeds: Mapping[str, Any]) -> dict[str, np.ndarray]:
-        """The outputs for `feeds`, by name. Raises: ValueError for feeds that do not fit; MeasureFailed."""
-        self.bind(feeds)
-        self.lap()
-        return self.outputs()
-
-    def profiled(self) -> ProfiledTrtSession:
-        """A session of its own on the same engine, whose laps are timed layer by layer. Raises: MeasureFailed."""
-        if self._context is None:
-            raise MeasureFailed(f"{self._name}: the session is closed. Open it again.")
-        return ProfiledTrtSession(self)
-
-    def bind(self, feeds: Mapping[str, Any]) -> None:
-        """Copy `feeds` to the device and give every input and output its address there.
-
-        Raises: ValueError for feeds that do not fit the network or the batches it was built for; MeasureFailed.
-        """
-        self._bound = False
-        if self._context is None:
-            raise MeasureFailed(f"{self._name}: the session is closed. Open it again.")
-        self._free_staging()
-        for name, array in checked_feeds(feeds, self._expected).items():
-            if not self._context.set_input_shape(name, array.shape):
-                raise ValueError(f"input '{name}': shape {array.shape} given, {self._profile_text(name)} expected.")
-            self._place(name, array.nbytes)
-            self._copy(
-                self._buffers[name].address,
-                array.ctypes.data,
-                array.nbytes,
-                "cudaMemcpyHostToDevice",
-            )
-            self._synchronise()
-        if missing := self._context.infer_shapes():
-            raise MeasureFailed(f"{self._name}: shapes of {missing} are unknown after binding the inputs.")
-        for name in self.output_names:
-            self._place(name, _bytes(self._output_type(name)))
-        self._bound = True
-
-    def lap(self) -> None:
-        """One execution on the bound inputs, done when this returns. Raises: MeasureFailed."""
-        self._execute()
-        self._synchronise()
-
-    def timed_lap_ms(self) -> float:
-        """One execution on the bound inputs, done when this returns: its ms between two CUDA events.
-
-        Raises: MeasureFailed.
-        """
-        begun, ended = self._first_events(2)
-        self._record(begun)
-        self._execute()
-        self._record(ended)
-        self._synchronise()
-        return self._elapsed_ms(begun, ended)
-
-    def round_trip(self) -> RoundTrip:
-        """One execution with its inputs copied from pinned host memory before, and its outputs copied there after.
-
-        Raises: MeasureFailed.
-        """
-        self._require_bound()
-        arrived, executed, begun, ended = self._first_events(4)
-        self._stage()
-        host_ns = time.perf_counter_ns()
-        self._record(begun)
-        self._copy_all(self.input_names, "cudaMemcpyHostToDevice")
-        self._record(arrived)
-        self._execute()
-        self._record(executed)
-        self._copy_all(self.output_names, "cudaMemcpyDeviceToHost")
-        self._record(ended)
-        self._synchronise()
-        host_ms = (time.perf_counter_ns() - host_ns) / 1e6
-        return RoundTrip(self._elapsed_ms(arrived, executed), self._elapsed_ms(begun, ended), host_ms)
-
-    def outputs(self) -> dict[str, np.ndarray]:
-        """The outputs of the latest execution, by name, copied from the device."""
-        outputs = {}
-        for name in self.output_names:
-            kind = self._output_type(name)
-            outputs[name] = np.empty(kind.shape, kind.dtype)
-            self._copy(
-                outputs[name].ctypes.data,
-                self._buffers[name].address,
-                _bytes(kind),
-                "cudaMemcpyDeviceToHost",
-            )
-        self._synchronise()
-        return outputs
-
-    def close(self) -> None:
-        """Give back device memory, stream and engine, in the order TensorRT asks for."""
-        self._bound = False
-        for buffer in self._buffers.values():
-            self._cuda("cudaFree", buffer.address)
-        self._free_staging()
-        for event in self._events:
-            self._cuda("cudaEventDestroy", event)
-        self._buffers, self._events = {}, []
-        if self._stream is not None:
-            self._cuda("cudaStreamDestroy", self._stream)
-        self._stream = self._context = self._engine = self._runtime = None
-
-    def _made_runtime(self) -> Any:
-        return _construct(
-            self._trt.Runtime,
-            self._log,
-            what=f"{self._name}: {self._trt.__name__} {self._trt.__version__} cannot run",
-        )
-
-    def _made_engine(self, plan: Any) -> Any:
-        return self._made(self._runtime.deserialize_cuda_engine(plan), what="read the engine")
-
-    def _tensor_names(self) -> list[str]:
-        return [self._engine.get_tensor_name(index) for index in range(self._engine.num_io_tensors)]
-
-    def _tensor_type(self, name: str) -> TensorType:
-        shape = tuple(self._engine.get_tensor_shape(name))
-        return TensorType(shape, np.dtype(self._trt.nptype(self._engine.get_tensor_dtype(name))))
-
-    def _output_type(self, name: str) -> TensorType:
-        shape = tuple(self._context.get_tensor_shape(name))
-        if -1 in shape:
-            raise MeasureFailed(
-                f"{self._name}: the shape of output '{name}' depends on the data, which is not supported."
-            )
-        return self._tensor_type(name)._replace(shape=shape)
-
-    def _profile_text(self, name: str) -> str:
-        smallest, _, largest = self._engine.get_tensor_profile_shape(name, 0)
-        return f"between {tuple(smallest)} and {tuple(largest)}"
-
-    def _place(self, name: str, size: int) -> None:
-        """Give tensor `name` at least `size` bytes of device memory, and tell the context where."""
-        held = self._buffers.get(name)
-        if held is None or held.size < size:
-            if held is not None:
-                self._cuda("cudaFree", self._buffers.pop(name).address)
-            self._buffers[name] = DeviceBuffer(int(self._cuda("cudaMalloc", size)), size)
-        self._context.set_tensor_address(name, self._buffers[name].address)
-
-    def _stage(self) -> None:
-        """Pinned host memory beside every tensor on the device; that of an input holds what is bound."""
-        for name in () if self._staging else (*self.input_names, *self.output_names):
-            device, size = self._buffers[name]
-            self._staging[name] = DeviceBuffer(int(self._cuda("cudaMallocHost", size)), size)
-            if name in self._expected:
-                self._copy(self._staging[name].address, device, size, "cudaMemcpyDeviceToHost")
-        self._synchronise()
-
-    def _free_staging(self) -> None:
-        for buffer in self._staging.values():
-            self._cuda("cudaFreeHost", buffer.address)
-        self._staging = {}
-
-    def _copy_all(self, names: list[str], kind: str) -> None:
-        """Tensors from pinned host memory to the device, or back, as many bytes as the bound batch has."""
-        for name in names:
-            host, device, size = self._staging[name].address, self._buffers[name].address, self._bound_bytes(name)
-            to, origin = (device, host) if kind == "cudaMemcpyHostToDevice" else (host, device)
-            self._copy(to, origin, size, kind)
-
-    def _bound_bytes(self, name: str) -> int:
-        return _bytes(self._tensor_type(name)._replace(shape=tuple(self._context.get_tensor_shape(name))))
-
-    def _execute(self) -> None:
-        """One execution is on its way on the session's stream. Raises: MeasureFailed."""
-        self._require_bound()
-        if not self._context.execute_async_v3(int(self._stream)):
-            raise MeasureFailed(f"{self._name}: {self._trt.__name__} cannot run it: {self._log.text()}.")
-
-    def _require_bound(self) -> None:
-        if not self._bound:
-            raise MeasureFailed(f"{self._name}: no inputs are bound. Call bind first.")
-
-    def _first_events(self, count: int) -> list[Any]:
-        """So many of the session's CUDA events, made where they are not there yet."""
-        while len(self._events) < count:
-            self._events.append(self._cuda("cudaEventCreate"))
-        return self._events[:count]
-
-    def _record(self, event: Any) -> None:
-        self._cuda("cudaEventRecord", event, self._stream)
-
-    def _elapsed_ms(self, begun: Any, ended: Any) -> float:
-        return float(self._cuda("cudaEventElapsedTime", begun, ended))
-
-    def _copy(self, to: int, origin: int, size: int, kind: str) -> None:
-        self._cuda(
-            "cudaMemcpyAsync",
-            to,
-            origin,
-            size,
-            getattr(self._cudart.cudaMemcpyKind, kind),
-            self._stream,
-        )
-
-    def _synchronise(self) -> None:
-        self._cuda("cudaStreamSynchronize", self._stream)
-
-    def _cuda(self, function: str, *arguments: Any) -> Any:
-        """What a CUDA runtime call returns beside its error code. Raises: MeasureFailed with the code's own text."""
-        error, *results = getattr(self._cudart, function)(*arguments)
-        if error != self._cudart.cudaError_t.cudaSuccess:
-            text = self._cudart.cudaGetErrorString(error)[1].decode()
-            raise MeasureFailed(f"{self._name}: {function} failed: {text}. Look at the driver and at free memory.")
-        return results[0] if results else None
-
-    def _made(self, thing: Any, *, what: str) -> Any:
-        """`thing`, unless it is the None with which TensorRT says that it failed. Raises: BuildFailed."""
-        if thing is None:
-            package, version = self._trt.__name__, self._trt.__version__
-            raise BuildFailed(f"{self._name}: {package} {version} cannot {what}: {self._log.text()}.")
-        return thing
-
-
-class ProfiledTrtSession(TrtSession):
-    """A second execution context of an engine, in which TensorRT tells the time of every layer after each lap."""
-
-    def __init__(self, session: TrtSession) -> None:
-        super().__init__(session._trt, session._cudart, None, name=session._name, opened=session)
-        self.runtime = f"{self._trt.__name__} {self._trt.__version__}"
-        self._timer = layer_timer(self._trt)
-        self._context.profiler = self._timer
-
-    def lap(self) -> None:
-        """One execution on the bound inputs, done and noted down when this returns. Raises: MeasureFailed."""
-        self._timer.laps.append({})
-        super().lap()
-
-    def node_laps(self, laps: int) -> list[NodeLaps]:
-        """The layers in the order they ran, with their times in the latest so many laps.
-
-        Raises: MeasureFailed when TensorRT has told nothing of so many.
-        """
-        told = self._timer.laps[-laps:]
-        if len(told) < laps or not all(told):
-            raise MeasureFailed(
-                f"{self._name}: {self._trt.__name__} {self._trt.__version__} told the layers' times of "
-                f"{sum(map(bool, told))} laps instead of {laps}. Use another version."
-            )
-        layers = self._layer_information()
-        names = dict.fromkeys(name for lap in told for name in lap)
-        return [_node_laps(name, layers.get(name, {}), [lap.get(name, 0.0) for lap in told]) for name in names]
-
-    def _layer_information(self) -> dict[str, dict[str, Any]]:
-        """What TensorRT knows of each layer, by its name; empty for an engine that keeps names only."""
-        inspector = self._engine.create_engine_inspector()
-        inspector.execution_context = self._context
-        layers = {}
-        for index in range(self._engine.num_layers):
-            text = inspector.get_layer_information(index, self._trt.LayerInformationFormat.JSON)
-            # TensorRT parts the names of fused nodes by control characters, which strict JSON does not have.
-            with contextlib.suppress(json.JSONDecodeError):
-                information = json.loads(text, strict=False)
-                if isinstance(information, dict):
-                    layers[information.get("Name", "")] = information
-        return layers
-
-
-class DeviceBuffer(NamedTuple):
-    """A piece of device memory."""
-
-    address: int
-    size: int
+            return self.spec.name
+        return f"{self.spec.name}:{gpu.sm}" if gpu.sm in CAPABILITIES[self.spec.name] else "trt"
 
 
 @functools.cache
@@ -510,95 +320,43 @@ def load_cudart() -> Any:
     )
 
 
-def collecting_logger(trt: Any) -> Any:
-    """A logger for `trt` that keeps what it is told: `text()` gives the errors, `warnings()` the warnings."""
-    errors = (trt.ILogger.Severity.INTERNAL_ERROR, trt.ILogger.Severity.ERROR)
-
-    class CollectingLogger(trt.ILogger):
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-            self.lines: list[tuple[Any, str]] = []
-
-        def log(self, severity: Any, message: str) -> None:
-            if severity in (*errors, trt.ILogger.Severity.WARNING):
-                self.lines.append((severity, " ".join(message.split())))
-
-        def text(self) -> str:
-            found = dict.fromkeys(line.rstrip(".") for kind, line in self.lines if kind in errors)
-            return "; ".join(found) or "it logged no error"
-
-        def warnings(self) -> list[str]:
-            return list(dict.fromkeys(line for kind, line in self.lines if kind not in errors))
-
-    return CollectingLogger()
+def _covers(capability: str, sm: str) -> bool:
+    """Whether `sm86`, or `sm80+` for it and all later ones, holds a GPU of compute capability `sm`."""
+    return _number(capability) <= _number(sm) if capability.endswith("+") else capability == sm
 
 
-def layer_timer(trt: Any) -> Any:
-    """A profiler for `trt` that keeps what it is told: `laps` holds the ms of every layer in every lap."""
-
-    class LayerTimer(trt.IProfiler):
-        def __init__(self) -> None:
-            trt.IProfiler.__init__(self)
-            self.laps: list[dict[str, float]] = []
-
-        def report_layer_time(self, layer_name: str, ms: float) -> None:
-            self.laps[-1][layer_name] = self.laps[-1].get(layer_name, 0.0) + ms
-
-    return LayerTimer()
+def _number(capability: str) -> int:
+    return int(re.sub(r"\D", "", capability) or 0)
 
 
-def _node_laps(name: str, information: dict[str, Any], laps_ms: list[float]) -> NodeLaps:
-    """A layer with the ONNX nodes that TensorRT notes as its origin; without such notes its name has to tell."""
-    kind = str(information.get("LayerType", ""))
-    if kind in REFORMATTING or name.startswith("Reformatting CopyNode"):
-        return NodeLaps(name, "reformat", "", laps_ms)
-    noted = re.findall(r"\[ONNX Layer: ([^\]]+)\]", str(information.get("Metadata", "")))
-    return NodeLaps(name, kind or "layer", " + ".join(noted) or name, laps_ms)
+def _dotted(sm: str) -> str:
+    """A compute capability as NVIDIA writes it: 8.6 for `sm86`, 12.0+ for `sm120+`."""
+    return re.sub(r"^sm(\d+)(\d)", r"\1.\2", sm)
 
 
-def _parse(trt: Any, network: Any, log: Any, onnx_path: Path) -> None:
-    """Fill `network` from an ONNX file. Raises: BuildFailed with every error of the parser and the node it names."""
-    parser = trt.OnnxParser(network, log)
-    if parser.parse(onnx_path.read_bytes()):
-        return
-    found = [_parser_error(parser.get_error(index)) for index in range(parser.num_errors)]
-    raise BuildFailed(
-        f"{onnx_path}: {trt.__name__} {trt.__version__} cannot read it: {'; '.join(found) or log.text()}."
-    )
+def _version_fits(built: str, here: str, *, compatible: bool) -> bool:
+    """Whether the TensorRT here reads an engine of that version: the same one, or a later one where that was asked."""
+    if not compatible:
+        return built == here
+    return _numbers(built) <= _numbers(here)
 
 
-def _parser_error(error: Any) -> str:
-    node = f"node '{error.node_name()}' ({error.node_operator()}): " if error.node_name() else ""
-    return node + error.desc().strip().rstrip(".")
+def _numbers(version: str) -> list[int]:
+    return [int(part) for part in re.findall(r"\d+", version)]
 
 
-def _add_batch_profile(builder: Any, network: Any, config: Any) -> dict[str, list[list[int]]]:
-    """The smallest, expected and largest shape of each input whose batch is free, after telling `config`.
+def _weights(engine_path: Path, engine: Engine, given: Path | None = None) -> Path:
+    """The ONNX file that has the weights of an engine without: the one given, or that of the bundle it lies in.
 
-    Raises: BuildFailed for any other free axis.
+    Raises: BuildFailed when it is gone or another.
     """
-    shapes = {}
-    for index in range(network.num_inputs):
-        tensor = network.get_input(index)
-        batch, *rest = tensor.shape
-        if -1 in rest:
-            raise BuildFailed(f"input '{tensor.name}': shape {tuple(tensor.shape)}; only the batch may be free.")
-        if batch == -1:
-            shapes[tensor.name] = [[size, *rest] for size in DYNAMIC_BATCH]
-    if shapes:
-        profile = builder.create_optimization_profile()
-        for name, (smallest, expected, largest) in shapes.items():
-            profile.set_shape(name, smallest, expected, largest)
-        config.add_optimization_profile(profile)
-    return shapes
-
-
-def _construct(kind: Any, log: Any, *, what: str) -> Any:
-    """`kind(log)`. Raises: BuildFailed with the log where the bindings get a null pointer: a TypeError to them."""
-    try:
-        return kind(log)
-    except TypeError as err:
-        raise BuildFailed(f"{what}: {log.text()}.") from err
+    told = engine.flags.get("weights", {})
+    path = given or engine_path.parent.parent / str(told.get("file", ""))
+    if not path.is_file() or sha256_file(path) != told.get("sha256"):
+        raise BuildFailed(
+            f"{engine_path}: holds no weights, and {path} is not the file that has them. Put it there, or build anew."
+        )
+    return path
 
 
 def _installed(name: str) -> bool:
@@ -613,7 +371,3 @@ def _import(name: str) -> Any:
         return importlib.import_module(name)
     except (ImportError, OSError, RuntimeError) as err:
         raise TargetUnavailable(f"the Python package '{name}' does not load ({err}). Install it again.") from err
-
-
-def _bytes(kind: TensorType) -> int:
-    return int(np.prod(kind.shape, dtype=np.int64)) * kind.dtype.itemsize

@@ -12,9 +12,9 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
 
 import typer
 
@@ -62,6 +62,8 @@ REFUSALS = (
     ("chip.surgery", "SurgeryRefused"),
     ("pipeline.tune", "TrainingDiverged"),
 )
+
+Found = TypeVar("Found")
 
 app = typer.Typer(
     name="chip-deploy",
@@ -125,9 +127,17 @@ def prune(
     params: Annotated[str | None, typer.Option(metavar="KEPT", help="Fraction of the parameters to keep.")] = None,
     ratio: Annotated[str | None, typer.Option(metavar="REMOVED", help="Fraction of the channels to remove.")] = None,
     target: Annotated[
-        list[str] | None, typer.Option(metavar="TARGET", help="ort-cpu, trt-rtx[:sm86,...], trt. Repeatable.")
+        list[str] | None,
+        typer.Option(
+            metavar="TARGET", help="trt, trt-rtx[:sm86,...], ort-cpu, ort-cuda, torch[:compiled]. Repeatable."
+        ),
     ] = None,
-    precision: Annotated[str | None, typer.Option(metavar="NAME", help="Precision of the engines: fp32.")] = None,
+    precision: Annotated[
+        str | None, typer.Option(metavar="NAME[,NAME...]", help="fp32, fp16, bf16, int8, fp8; e.g. fp16,int8.")
+    ] = None,
+    max_drop: Annotated[
+        str | None, typer.Option(metavar="POINTS", help="Top-1 that int8 may lose; layers are left out until it holds.")
+    ] = None,
     scores: Annotated[
         str | None, typer.Option(metavar="FILE", help="Scores that `chip-deploy score` wrote, used again.")
     ] = None,
@@ -148,7 +158,8 @@ def prune(
         "prune.params": _number(params),
         "prune.ratio": _number(ratio),
         "targets": target or None,
-        "export.precision": [precision] if precision else None,
+        "export.precision": [name.strip() for name in precision.split(",")] if precision else None,
+        "quantize.max_drop": _number(max_drop),
     }
     checked = _checked_recipe(recipe, asked, settings)
     if dry_run:
@@ -200,18 +211,39 @@ def score(
 @app.command()
 def build(
     bundle: Bundle,
-    target: Annotated[str, typer.Option(metavar="TARGET", help="ort-cpu, trt-rtx[:sm86,...], trt.")],
+    target: Annotated[
+        str, typer.Option(metavar="TARGET", help="trt, trt-rtx[:sm86,...], ort-cpu, ort-cuda, torch[:compiled].")
+    ],
+    precision: Annotated[
+        str | None, typer.Option(metavar="NAME", help="fp32, fp16, bf16, int8 or fp8; all that the bundle holds.")
+    ] = None,
+    shapes: Annotated[
+        list[str] | None,
+        typer.Option(metavar="SHAPES", help="input:1x3x32x32, or MIN/OPT/MAX of a free batch; one profile each time."),
+    ] = None,
+    builds: Annotated[
+        int | None, typer.Option(metavar="N", help="Build N times and keep the fastest that agrees (trt).")
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Any build key, e.g. build.tf32=false. Repeatable."),
+    ] = None,
 ) -> None:
-    """Build an engine from a bundle's ONNX file, on the machine that will run it. Needs no torch."""
+    """Build engines from a bundle's ONNX files, on the machine that will run them. Needs no torch."""
     _parsed_target(target)
     _require_bundle(bundle)
     with _watching(_console()) as display:
         display.stage(f"build {target}")
-        from .device import rebuild
+        from .device import build_options, rebuild
 
-        engine = rebuild(bundle, target)
-    size = f"{engine.bytes / 1e6:.1f} MB, built in {engine.build_seconds:.1f} s"
-    _console().print(f"{bundle / engine.file}: {size}", soft_wrap=True, highlight=False, markup=False)
+        asked = _build_settings({"shapes": shapes or None, "builds": builds}, settings)
+        options = build_options(bundle, target, asked) if asked else None
+        engines = rebuild(bundle, target, precision=precision, options=options, note=display.note)
+        for warning in dict.fromkeys(each for engine in engines for each in engine.flags.get("warnings", [])):
+            display.note(warning)
+    for engine in engines:
+        size = f"{engine.bytes / 1e6:.1f} MB, built in {engine.build_seconds:.1f} s"
+        _console().print(f"{bundle / engine.file}: {size}", soft_wrap=True, highlight=False, markup=False)
 
 
 @app.command()
@@ -386,12 +418,30 @@ def report(bundle: Bundle) -> None:
 
 
 @app.command()
-def doctor() -> None:
-    """Say what this machine can do: versions, and each target with the reason where it cannot be used."""
-    from .doctor import machine_table, package_table, target_table
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="The same as JSON on stdout.")] = False,
+) -> None:
+    """Say what this machine can do: hardware, versions, and each target, or why not and what would help."""
+    from .doctor import diagnose, machine_table, package_table, target_table
 
-    console = _console()
-    console.print(machine_table(), "", package_table(EXTRAS), "", target_table(), sep="\n")
+    with _stdout_elsewhere(as_json=as_json):
+        diagnosis = diagnose(EXTRAS)
+    if as_json:
+        _print_json(diagnosis.model_dump_json(indent=2, by_alias=True))
+        return
+    tables = (machine_table(diagnosis), package_table(diagnosis), target_table(diagnosis))
+    _console().print(tables[0], "", tables[1], "", tables[2], sep="\n")
+
+
+def attempted(probe: Callable[[], Found]) -> Found | Exception:
+    """What `probe` finds, or what ends it; interruptions pass.
+
+    For the doctor, whose probes meet exceptions of packages that this one does not know.
+    """
+    try:
+        return probe()
+    except Exception as err:
+        return err
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -471,6 +521,22 @@ def _checked_recipe(
             raise ValueError(f"--set {text}: '{key}' is given twice. Give it once.")
         overrides[key] = value
     return load_recipe(path, overrides, needs_budget=needs_budget)
+
+
+def _build_settings(asked: dict[str, Any], settings: list[str] | None) -> dict[str, Any]:
+    """The keys of the section `build` that were given. Raises: ValueError for another section, or a key given twice."""
+    from .recipe import parse_setting
+
+    found = {key: value for key, value in asked.items() if value is not None}
+    for text in settings or []:
+        path, value = parse_setting(text)
+        section, _, key = path.partition(".")
+        if section != "build" or not key:
+            raise ValueError(f"--set {text}: only the keys of the section build decide how an engine is built.")
+        if key in found:
+            raise ValueError(f"--set {text}: 'build.{key}' is given twice. Give it once.")
+        found[key] = value
+    return found
 
 
 def _batches(text: str | None) -> list[int]:

@@ -185,6 +185,11 @@ def _require_comparable(recipe: Recipe, criteria: Sequence[str]) -> None:
             f"score.joint = true is a mode of 'chip' alone, and {others} would be compared as well. Give --criteria "
             "chip, or leave it out."
         )
+    if recipe.export.precision != Recipe().export.precision:
+        raise ValueError(
+            f"export.precision = {', '.join(recipe.export.precision)}: a comparison of criteria times fp32 alone. Leave "
+            "it out, and give the precision to `chip-deploy prune`."
+        )
     if recipe.prune.layer_ratios:
         raise ValueError(
             "prune.layer_ratios gives every layer its own ratio, and a comparison shares out budgets. Give --macs "

@@ -7,23 +7,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-import torch
-
 from ..chip.plan import PrunePlan, structure_digest
 from ..chip.surgery import apply_plan
 from ..export.golden import read_golden
 from ..export.machine import fingerprint, read_machine
 from ..export.measure import LatencyProtocol, laps_path
-from ..export.onnx_export import export_onnx
 from ..export.target import Target, engine_path, read_engine
 from .criteria_result import StructureLatency
-from .data import normalise
 from .device import measured_row, unmeasured_row
 from .display import Display
 from .journal import Journal, digest_of
 from .report import EngineRow
-from .stages import GOLDEN_IMAGES, Prepared, versions
+from .stages import Prepared, Progress, export_both, versions
 from .tune import recalibrate
 
 NETWORKS = "networks"
@@ -111,7 +106,7 @@ def _measured(
     """Both networks exported, the engine built and timed; without the times of single layers, which nobody reads."""
     networks = folder / NETWORKS
     networks.mkdir()
-    _export_both(structure, networks)
+    _export_both(structure, networks, display.progress)
     path = engine_path(networks, target.spec, precision)
     target.build(networks / "model.onnx", path, precision=precision)
     engine = read_engine(path)
@@ -132,7 +127,7 @@ def _measured(
     return row.model_copy(update={"layers": None})
 
 
-def _export_both(structure: Structure, folder: Path) -> None:
+def _export_both(structure: Structure, folder: Path, progress: Progress) -> None:
     """model.onnx, dense.onnx and golden.npz: the pruned network keeps the channels that the cell's plan keeps.
 
     Its batch norms are set to what they see, so that no value grows or dies on the way through and is slow for that.
@@ -142,11 +137,4 @@ def _export_both(structure: Structure, folder: Path) -> None:
     tune, train_set = ready.recipe.tune, ready.data.train
     n = min(tune.recalibrate_images, len(train_set))
     recalibrate(pruned, train_set, n=n, batch=tune.batch, seed=ready.recipe.seed)
-    dynamic = ready.recipe.export.dynamic_batch
-    export_onnx(pruned, ready.example, folder / "model.onnx", dynamic_batch=dynamic)
-    export_onnx(ready.built.module, ready.example, folder / "dense.onnx", dynamic_batch=dynamic)
-    golden = normalise(ready.test.read(torch.arange(min(GOLDEN_IMAGES, len(ready.test)))))
-    with torch.no_grad():
-        outputs = torch.cat([pruned(image) for image in golden.split(1)])
-    with (folder / "golden.npz").open("wb") as file:
-        np.savez(file, input=golden.numpy(), output=outputs.numpy())
+    export_both(ready, pruned, folder, progress)

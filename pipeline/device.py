@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
+import functools
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import ValidationError
 
-from ..export.agree import compare_outputs, require_agreement
-from ..export.bundle import WORK, Manifest, verify_bundle, write_manifest
-from ..export.errors import BuildFailed, IntegrityError, MachineMismatch, MeasureFailed
-from ..export.golden import Golden, read_golden, run_in_batches
+from ..export.bundle import WORK, Manifest, onnx_name, verify_bundle, write_manifest
+from ..export.candidates import Check, build_best
+from ..export.errors import BuildFailed, IntegrityError, MachineMismatch, MeasureFailed, TargetUnavailable
+from ..export.golden import Golden, engine_agreement, read_golden, run_in_batches
 from ..export.laps_file import every_laps_file
 from ..export.machine import Machine, read_machine
 from ..export.measure import (
@@ -30,15 +33,31 @@ from ..export.measure import (
     write_laps,
 )
 from ..export.node_times import profile_in_turns
+from ..export.precision import QUANTISED
 from ..export.profile import LayerComparison, compare_layers
 from ..export.protocol import FREE
-from ..export.target import Engine, Session, Target, engine_path, parse_target, read_engine, width_step
+from ..export.target import (
+    PRECISIONS,
+    BuildOptions,
+    Engine,
+    Session,
+    Target,
+    built_with,
+    engine_path,
+    parse_target,
+    read_engine,
+    require_precision,
+    require_usable,
+    sidecar_path,
+    width_step,
+)
 from ..export.targets import make_target
 from ..export.watch import Watch
 from .display import Display
 from .report import EngineRow, Report, read_report, write_report
 
-PRECISION = "fp32"
+# The targets that run a network whose rest is in FP16 beside its 8 bits.
+TENSORRT = ("trt", "trt-rtx")
 REPORT_FILES = ("report.json", "report.md", "report.html")
 ENDED_EARLY = "its measurement ended early, and the laps so far are kept; run `chip-deploy measure` again"
 
@@ -46,21 +65,46 @@ Progress = Callable[[float, str], None]
 Judge = Callable[[Session], float | None]
 
 
-def rebuild(bundle: Path, target: str) -> Engine:
-    """The engine for that target, built here from the bundle's ONNX file; report and manifest are brought up to date.
+def rebuild(
+    bundle: Path,
+    target: str,
+    *,
+    precision: str | None = None,
+    options: BuildOptions | None = None,
+    note: Callable[[str], None] | None = None,
+) -> list[Engine]:
+    """The engines for that target, built here from the bundle's ONNX files; report and manifest follow each of them.
 
-    Raises: IntegrityError when the bundle is not as its manifest says; TargetUnavailable; BuildFailed.
+    An engine's files, its row and the manifest change together, or not at all when its build or the disk fails, or its
+    outputs for the golden images are wrong where this machine can run it.
+    In `precision`, else in every precision that the bundle holds; `note` is told which of these the target does not
+    take. Without `options` the engines are built as the recipe says.
+    Raises: IntegrityError when the bundle is not as its manifest says; ValueError for a precision that it does not
+    hold; TargetUnavailable; BuildFailed; ParityFailed.
     """
     manifest = verify_bundle(bundle)
-    made = make_target(parse_target(target), threads=_threads(read_report(bundle)))
-    path = engine_path(bundle, made.spec, PRECISION)
-    engine = made.build(bundle / "model.onnx", path, precision=PRECISION)
-    for laps in every_laps_file(path):
-        laps.unlink()
-    reason = made.cannot_run(engine) or "built, and not measured since; run `chip-deploy measure`"
-    _replace_rows(bundle, [unmeasured_row(engine, reason)])
-    write_manifest(bundle, versions=manifest.versions, lineage=manifest.lineage)
-    return engine
+    report = read_report(bundle)
+    made = make_target(parse_target(target), threads=_threads(report), options=options or _build_options(report))
+    require_usable(made)
+    engines = []
+    for name in _precisions(bundle, report, made, precision, note):
+        path = engine_path(bundle, made.spec, name)
+        laps = every_laps_file(path)
+        changed = {path, sidecar_path(path), *laps, *(bundle / report_file for report_file in REPORT_FILES)}
+        with _work_folder(bundle) as store, _all_or_nothing(sorted(changed), store):
+            check = agreement_check(lambda: read_golden(bundle))
+            engine = build_best(made, bundle / onnx_name("model", name), path, precision=name, check=check)
+            for laps_file in laps:
+                laps_file.unlink()
+            reason = made.cannot_run(engine)
+            if reason is None and made.options.builds == 1:  # of several, each was checked
+                with contextlib.closing(made.open(path)) as session:
+                    check(session, engine)
+            unmeasured = reason or "built, and not measured since; run `chip-deploy measure`"
+            _replace_rows(bundle, [unmeasured_row(engine, unmeasured)])
+            write_manifest(bundle, versions=manifest.versions, lineage=manifest.lineage)
+        engines.append(engine)
+    return engines
 
 
 def remeasure(
@@ -90,8 +134,10 @@ def remeasure(
     protocols = {row.file: _protocols(row, report, protocol, batches) for row in wanted}
     rows, reasons = [], []
     for row in wanted:
-        made = make_target(parse_target(row.target), threads=_threads(report))
-        reason = made.cannot_run(read_engine(bundle / row.file))
+        engine = read_engine(bundle / row.file)
+        # The dense control is built when it is measured, and has to be built as the engine was.
+        made = make_target(parse_target(row.target), threads=_threads(report), options=built_with(engine))
+        reason = made.cannot_run(engine)
         if reason:
             reasons.append(f"{row.file}: {reason}")
             continue
@@ -118,6 +164,7 @@ def unmeasured_row(engine: Engine, reason: str) -> EngineRow:
         flags=engine.flags,
         versions=engine.versions,
         build_seconds=engine.build_seconds,
+        layer_types=engine.layer_types,
     )
 
 
@@ -133,8 +180,8 @@ def measured_row(
     judge: Judge | None = None,
     further_batches: Sequence[int] = (),
 ) -> EngineRow:
-    """An engine measured in turns with the dense network, its outputs compared with torch's; the laps go to
-    `laps_file`, those of each further batch beside it.
+    """An engine measured in turns with the dense network in its precision, its outputs compared with torch's; the laps
+    go to `laps_file`, those of each further batch beside it.
 
     `judge` tells the accuracy of an open engine where evaluation data is at hand. A measurement that is ended early
     leaves the laps so far in the file, marked as incomplete.
@@ -144,9 +191,10 @@ def measured_row(
     engine = read_engine(engine_file)
     machine = read_machine()
     protocols = [protocol, *(protocol.model_copy(update={"batch": batch}) for batch in further_batches)]
-    with contextlib.closing(target.open(engine_file)) as pruned:
-        agreement = compare_outputs(golden.outputs, run_in_batches(pruned, golden.images))
-        require_agreement(agreement, what=engine.file, precision=engine.arithmetic)
+    pruned_onnx = dense_onnx.with_name(onnx_name("model", engine.precision))
+    pruned_opener = functools.partial(target.open, engine_file, weights=pruned_onnx)
+    with contextlib.closing(pruned_opener()) as pruned:
+        agreement = engine_agreement(engine, golden, run_in_batches(pruned, golden.images))
         accuracy = judge(pruned) if judge else None
         _require_batches(pruned, [each.batch for each in protocols], what=engine.file)
         for each in protocols:  # what an engine refuses is found before anything is measured
@@ -157,10 +205,13 @@ def measured_row(
         path = laps_file if not number else laps_file.with_name(laps_path(engine_file, batch=each.batch).name)
         part = _part_of(progress, number, len(protocols))
         found.append(
-            _compared(target, engine_file, dense_opener, golden, each, machine=machine, laps_file=path, progress=part)
+            _compared(target, dense_opener, pruned_opener, golden, each, machine=machine, laps_file=path, progress=part)
         )
     comparison = found[0].comparison
-    layers, missing = _layers(target, engine, engine_file, dense_onnx, golden, found[0], protocol.batch)
+    opened = dense_opener, pruned_opener
+    layers, missing = _layers(
+        target, engine, opened, (dense_onnx, pruned_onnx), _images(golden, protocol.batch), found[0]
+    )
     numbers = {
         "latency_ms": comparison.pruned,
         "dense_latency_ms": comparison.dense,
@@ -180,6 +231,11 @@ def measured_row(
     return EngineRow.model_validate(dict(unmeasured_row(engine, f"{comparison.reason}{missing}")) | numbers)
 
 
+def agreement_check(golden: Callable[[], Golden]) -> Check:
+    """What raises ParityFailed for an open engine whose outputs for the golden images are wrong."""
+    return lambda session, engine: engine_agreement(engine, made := golden(), run_in_batches(session, made.images))
+
+
 def _measure_again(
     bundle: Path, manifest: Manifest, target: Target, engine: Path, protocols: list[LatencyProtocol], progress: Progress
 ) -> EngineRow:
@@ -190,7 +246,7 @@ def _measure_again(
             row = measured_row(
                 target,
                 engine,
-                bundle / "dense.onnx",
+                bundle / onnx_name("dense", read_engine(engine).precision),
                 read_golden(bundle),
                 first,
                 progress,
@@ -261,8 +317,8 @@ def _work_folder(bundle: Path) -> Iterator[Path]:
 
 def _compared(
     target: Target,
-    engine_file: Path,
     dense_opener: Opener,
+    pruned_opener: Opener,
     golden: Golden,
     protocol: LatencyProtocol,
     *,
@@ -282,9 +338,9 @@ def _compared(
 
     measured = compare_latency(
         _bound(dense_opener, feeds),
-        _bound(lambda: target.open(engine_file), feeds),
+        _bound(pruned_opener, feeds),
         protocol,
-        watch=Watch(gpu=target.spec.name.startswith("trt")),
+        watch=Watch(gpu=target.on_gpu),
         progress=lambda fraction: progress(fraction, text),
         keep=keep,
     )
@@ -297,22 +353,22 @@ def _compared(
 
 
 def _layers(
-    target: Target, engine: Engine, engine_file: Path, dense_onnx: Path, golden: Golden, measured: Measured, batch: int
+    target: Target,
+    engine: Engine,
+    openers: tuple[Opener, Opener],
+    onnx_paths: tuple[Path, Path],
+    feeds: np.ndarray,
+    measured: Measured,
 ) -> tuple[LayerComparison | None, str]:
-    """The times of every layer of both networks in sessions of their own; or None, and a sentence that says why.
+    """The times of every layer of both networks, dense and pruned, in sessions of their own; or None, and why.
 
     The laps are there already, and a runtime that cannot tell its layers' times does not take them away.
     """
-    feeds = _images(golden, batch)
-    opener = target.onnx_opener(dense_onnx)
+    open_dense, open_pruned = (_bound(opener, feeds) for opener in openers)
+    dense_onnx, pruned_onnx = onnx_paths
     try:
-        with (
-            contextlib.closing(_bound(opener, feeds)()) as dense,
-            contextlib.closing(_bound(lambda: target.open(engine_file), feeds)()) as pruned,
-        ):
-            profiles = profile_in_turns(
-                dense, pruned, feeds, dense_onnx=dense_onnx, pruned_onnx=dense_onnx.with_name("model.onnx")
-            )
+        with contextlib.closing(open_dense()) as dense, contextlib.closing(open_pruned()) as pruned:
+            profiles = profile_in_turns(dense, pruned, feeds, dense_onnx=dense_onnx, pruned_onnx=pruned_onnx)
     except (BuildFailed, IntegrityError, MeasureFailed, OSError) as err:
         return None, f" No layer was timed: {err}"
     step = width_step(target.spec, engine.precision)
@@ -390,6 +446,83 @@ def _protocols(row: EngineRow, report: Report, name: str | None, batches: Sequen
 def _measure(report: Report) -> dict[str, Any]:
     """How the recipe wants measurements made."""
     return {**report.recipe["measure"], "seed": report.recipe["seed"]}
+
+
+def _precisions(
+    bundle: Path, report: Report, target: Target, asked: str | None, note: Callable[[str], None] | None
+) -> list[str]:
+    """The precision asked for, or those that the bundle holds and the target takes.
+
+    Raises: ValueError for one that the bundle does not hold; TargetUnavailable when the target takes none of them.
+    """
+    held = [name for name in PRECISIONS if (bundle / onnx_name("model", name)).is_file()]
+    if not held:
+        raise FileNotFoundError(f"{bundle}: it holds no model.onnx to build from. Prune again, or restore the file.")
+    if asked is not None:
+        require_precision(target, asked)
+        if asked not in held:
+            raise ValueError(
+                f"{bundle} holds no {onnx_name('model', asked)}: it was pruned for {', '.join(held)}. Prune again with "
+                f"--precision {','.join([*held, asked])}."
+            )
+        if reason := _refuses_rest(report, target, asked):
+            raise TargetUnavailable(f"target '{target.spec}' takes no {asked} of {bundle}: {reason}")
+        return [asked]
+    refused = {name: target.refuses(name) or _refuses_rest(report, target, name) for name in held}
+    reasons = {name: reason for name, reason in refused.items() if reason}
+    if len(reasons) == len(held):
+        raise TargetUnavailable(f"target '{target.spec}' takes no precision of {bundle}: {' '.join(reasons.values())}")
+    for name, reason in reasons.items():
+        if note is not None:
+            note(f"{name} is left out for target '{target.spec}': {reason}")
+    return [name for name in held if name not in reasons]
+
+
+def _refuses_rest(report: Report, target: Target, precision: str) -> str:
+    """Why the target cannot run the bundle's file in 8 bits rightly, with the way out; empty where it can."""
+    in_fp16 = any(row.precision == precision and row.conversion.rest == "fp16" for row in report.precisions)
+    if not in_fp16 or precision not in QUANTISED or target.spec.name in TENSORRT:
+        return ""
+    return (
+        f"what is not quantised of {onnx_name('model', precision)} is in fp16, of which its runtime makes int32 "
+        "biases with scales that FP16 cannot hold. Prune again with --set quantize.rest=fp32."
+    )
+
+
+def build_options(bundle: Path, target: str, asked: Mapping[str, Any]) -> BuildOptions:
+    """How the bundle's recipe wants engines built, with what is `asked` for on top.
+
+    Raises: IntegrityError when the bundle is not as its manifest says; ValueError naming an option that there is not,
+    one whose value cannot be, or one that has no effect on the target.
+    """
+    verify_bundle(bundle)
+    known = list(BuildOptions.model_fields)
+    unknown = next((key for key in asked if key not in known), None)
+    if unknown is not None:
+        near = difflib.get_close_matches(unknown, known, n=1, cutoff=0.4)
+        mean = f" Did you mean 'build.{near[0]}'?" if near else ""
+        raise ValueError(f"unknown key 'build.{unknown}'.{mean} Available: {', '.join(known)}.")
+    planned = _build_options(read_report(bundle))
+    try:
+        options, wanted = (BuildOptions.model_validate(each) for each in ({**planned.model_dump(), **asked}, asked))
+    except ValidationError as err:
+        first = err.errors()[0]
+        raise ValueError(f"build.{first['loc'][0]}: {first['msg']}. Give another value.") from err
+    _require_effect(make_target(parse_target(target), options=options), wanted)
+    return options
+
+
+def _require_effect(target: Target, wanted: BuildOptions) -> None:
+    """Raises: ValueError naming the first option, of those that are not the default, that `target` would ignore."""
+    ignored = next((name for name in wanted.chosen() if name not in target.takes), None)
+    if ignored is not None:
+        takes = f"It takes: {', '.join(target.takes)}." if target.takes else "It takes none."
+        raise ValueError(f"build.{ignored} has no effect on target '{target.spec}'. {takes} Leave it out.")
+
+
+def _build_options(report: Report) -> BuildOptions:
+    """How the recipe wants engines built; a bundle of an older version says nothing about it."""
+    return BuildOptions.model_validate(report.recipe.get("build", {}))
 
 
 def _threads(report: Report) -> int:

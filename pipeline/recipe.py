@@ -15,7 +15,8 @@ import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from ..chip.criteria import CRITERIA
-from ..export.target import PRECISIONS, parse_target
+from ..export.precision import QUANTISED, QuantizeSettings
+from ..export.target import PRECISIONS, BuildOptions, parse_target
 
 BUDGETS = ("macs", "params", "ratio")
 """Budgets that are one number; per-layer ratios are the fourth way to ask."""
@@ -262,7 +263,7 @@ class DenseSection(TrainSettings):
 
 
 class ExportSection(_Section):
-    """How the network is written as ONNX, and the precisions that engines are built in."""
+    """How the network is written as ONNX, and the precisions that it is written and built in: `["fp16", "int8"]`."""
 
     dynamic_batch: bool = False
     precision: tuple[str, ...] = Field(default=("fp32",), strict=False)
@@ -303,6 +304,8 @@ class Recipe(_Section):
     tune: TuneSection = TuneSection()
     dense: DenseSection = DenseSection()
     export: ExportSection = ExportSection()
+    quantize: QuantizeSettings = QuantizeSettings()
+    build: BuildOptions = BuildOptions()
     measure: MeasureSection = MeasureSection()
     targets: tuple[str, ...] = Field(default=("ort-cpu",), strict=False)
     seed: int = Field(default=0, ge=0, lt=2**32)
@@ -313,6 +316,15 @@ class Recipe(_Section):
         if not targets:
             raise ValueError("no target is left. Name at least one, for example ort-cpu")
         return tuple(dict.fromkeys(str(parse_target(text)) for text in targets))
+
+    @model_validator(mode="after")
+    def _max_drop_bounds_something(self) -> Recipe:
+        if self.quantize.max_drop is not None and not set(QUANTISED) & set(self.export.precision):
+            raise ValueError(
+                f"quantize.max_drop = {self.quantize.max_drop:g} bounds what {' or '.join(QUANTISED)} may lose, and "
+                f"the precision is {', '.join(self.export.precision)}. Add --precision int8, or leave it out"
+            )
+        return self
 
 
 def load_recipe(
@@ -375,11 +387,11 @@ def recipe_keys() -> tuple[str, ...]:
     return tuple(keys)
 
 
-def _fields() -> dict[str, type[_Section] | None]:
+def _fields() -> dict[str, type[BaseModel] | None]:
     """Name of each top-level field -> its section, or None for a plain value."""
     kinds = {name: info.annotation for name, info in Recipe.model_fields.items()}
     return {
-        name: kind if isinstance(kind, type) and issubclass(kind, _Section) else None for name, kind in kinds.items()
+        name: kind if isinstance(kind, type) and issubclass(kind, BaseModel) else None for name, kind in kinds.items()
     }
 
 
@@ -476,7 +488,7 @@ def _sentence(err: ValidationError, written: Mapping[str, Any], asked: Mapping[s
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] != "value_error":
         message = message.replace("Input should", "it should").replace("tuple", "list")
-    if keys == ["prune"]:
+    if keys in ([], ["prune"]):
         return f"{where}{message}."
     told = isinstance(first["input"], dict) or "unknown" in message or "cannot be built" in message
     value = "" if told else f" = {_shown(first['input'])}"

@@ -15,8 +15,11 @@ from ..export.laps import Control, Quantiles, Speedup
 from ..export.laps_file import RecordedLaps, find_laps, read_laps
 from ..export.machine import Machine
 from ..export.measure import BatchRow, GpuTimes
+from ..export.precision import Conversion
 from ..export.profile import LayerComparison
 from ..export.protocol import LatencyProtocol
+from ..export.sensitivity import Sensitivity
+from ..export.target import LayerTypes
 from ..export.watch import MachineWatch
 from .report_page import html_page, markdown_page, pages_unavailable, summary_table
 
@@ -26,6 +29,7 @@ __all__ = [
     "EngineRow",
     "GroupReport",
     "NetworkCost",
+    "PrecisionRow",
     "Report",
     "TrainCurve",
     "read_report",
@@ -126,6 +130,8 @@ class EngineRow(_Part):
     flags: dict[str, Any] = {}
     versions: dict[str, str] = {}
     build_seconds: float | None = Field(default=None, ge=0)
+    layer_types: LayerTypes | None = None
+    """In which number types its layers really run."""
 
     @model_validator(mode="after")
     def _truthful(self) -> EngineRow:
@@ -138,6 +144,24 @@ class EngineRow(_Part):
         if self.speedup is not None and self.verdict == ("not faster" if self.speedup.low > 1 else "faster"):
             raise ValueError(f"{self.target}: {self.verdict!r} contradicts a speed-up of {self.speedup.low:g} or more")
         return self
+
+
+class PrecisionRow(_Part):
+    """The pruned network as an ONNX file in one other precision than FP32, and what that costs on the same images."""
+
+    precision: str
+    onnx_bytes: int = Field(gt=0)
+    dense_onnx_bytes: int = Field(gt=0)
+    accuracy: Fraction | None = None
+    agreement: Agreement
+    """Its outputs against those of the FP32 file."""
+    conversion: Conversion
+    sensitivities: list[Sensitivity] = []
+    """What each layer costs when it alone is quantised, the most sensitive first."""
+    left_out_by_bound: int = Field(default=0, ge=0)
+    """How many layers are left out to keep `quantize.max_drop`: the number was chosen on the evaluation images."""
+    emulated: bool = False
+    """Whether 16-bit tensors were judged in FP32, each rounded to 16 bits: onnxruntime's CPU cannot run them."""
 
 
 class GroupReport(_Part):
@@ -205,6 +229,8 @@ class Report(_Part):
     macs_convention: str = MACS_CONVENTION
     agreement: Agreement | None = None
     """The ONNX file against torch."""
+    precisions: list[PrecisionRow] = []
+    """The precisions that were asked for, without FP32."""
     engines: list[EngineRow]
     groups: list[GroupReport]
     score_images: int | None = None

@@ -15,7 +15,12 @@ if TYPE_CHECKING:
     from .report import EngineRow
 
 PERCENTILES = ("p50", "p90", "p99")
-PATHS = {"Device compute": "device_compute", "With transfers": "with_transfers", "Host, end to end": "host_end_to_end"}
+PATHS = {
+    "Device compute": "device_compute",
+    "With transfers": "with_transfers",
+    "Host, end to end": "host_end_to_end",
+    "Device compute, kernel by kernel": "kernel_by_kernel",
+}
 STATE_LABELS = {
     "cpu": "CPU",
     "governor": "Frequency governor",
@@ -245,7 +250,10 @@ def _times(engine: EngineRow) -> Iterator[Beside]:
         return
     for label, name in PATHS.items():
         dense, pruned = getattr(engine.times.dense, name), getattr(engine.times.pruned, name)
-        yield Beside(label, _median(dense), _median(pruned), quantities.factor(dense.p50 / pruned.p50))
+        if dense is None or pruned is None:
+            continue
+        launch = f" ({engine.times.launch})" if name == "device_compute" and engine.times.launch else ""
+        yield Beside(f"{label}{launch}", _median(dense), _median(pruned), quantities.factor(dense.p50 / pruned.p50))
 
 
 def _states(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[tuple[str, str, str]]:

@@ -27,6 +27,7 @@ from .report_latency import (
     measured_views,
 )
 from .report_layers import layers_views
+from .report_precision import accuracy_in, precision_views, ranking_sentences, rankings, to_fp32, type_sentences
 
 if TYPE_CHECKING:
     from ..export.laps import Quantiles
@@ -107,7 +108,8 @@ def summary_table(report: Report) -> Group:
                 table.add_row(
                     Text(f"  {row.label}"), *(Text(wording.ascii_minus(cell), style=style) for cell in row.cells)
                 )
-    return Group(table, *map(_spoken_verdict, report.engines))
+    ranked = [Text(wording.ascii_minus(sentence)) for sentence in ranking_sentences(report)]
+    return Group(table, *map(_spoken_verdict, report.engines), *ranked)
 
 
 def pages_unavailable() -> str | None:
@@ -191,6 +193,9 @@ def _page(report: Report, laps: Mapping[str, RecordedLaps]) -> dict[str, Any]:
         "stages": list(_stages(report)),
         "measured": measured_views(report.engines, laps),
         "layered": layers_views(report.engines),
+        "rankings": rankings(report),
+        "precisions": precision_views(report),
+        "types": type_sentences(report),
         "groups": groups,
         "many_groups": len(groups) > report_groups.MOST_GROUPS,
         "width_ticks": report_groups.width_ticks(report.groups),
@@ -254,6 +259,10 @@ def _engine_rows(report: Report, engine: EngineRow) -> Iterator[Row]:
     if engine.speedup is not None:
         yield _speedup_row(engine)
         yield _efficiency_row(report, engine)
+    accuracy = accuracy_in(report, engine)
+    if engine.precision != "fp32" and accuracy is not None:
+        label = "Accuracy" if engine.accuracy is not None else "Accuracy, ONNX file"
+        yield Row(label, ("", quantities.percent(accuracy, report.accuracy.n), to_fp32(report, accuracy)))
     yield Row("Verdict", ("", engine.verdict, ""), engine.verdict)
     if engine.speedup is None and engine.reason:
         yield Row("Reason", None, wording.sentence(engine.reason))
@@ -340,6 +349,7 @@ def _stages(report: Report) -> Iterator[Stage]:
         *([("Recovered", accuracy.recovered)] if accuracy.recovered is not None else []),
         ("Tuned", accuracy.tuned),
         ("ONNX", accuracy.onnx),
+        *((f"ONNX in {row.precision}", row.accuracy) for row in report.precisions),
         *((f"Engine {engine_name(engine)}", engine.accuracy) for engine in report.engines),
     ]
     for label, value in later:
@@ -378,6 +388,7 @@ def _engine_facts(engine: EngineRow) -> list[tuple[str, str]]:
         ("Built in", None if engine.build_seconds is None else quantities.seconds(engine.build_seconds)),
         ("Build flags", engine.flags),
         ("Versions", engine.versions),
+        ("Number types", engine.layer_types.sentence if engine.layer_types else None),
         ("Outputs against torch", engine.agreement),
         ("Measured by", None if engine.protocol is None else engine.protocol.model_dump()),
         ("Measured on", None if engine.machine is None else dict(_machine_rows(engine.machine.model_dump()))),

@@ -36,6 +36,7 @@ from ..chip.surgery import SurgeryRefused, apply_plan, prove
 from ..export.agree import Agreement, compare_outputs, require_agreement
 from ..export.bundle import (
     WORK,
+    onnx_name,
     require_place,
     sha256_file,
     verify_bundle,
@@ -43,16 +44,29 @@ from ..export.bundle import (
     write_manifest,
     writing_atomically,
 )
+from ..export.candidates import build_best
 from ..export.errors import IntegrityError, TargetUnavailable
-from ..export.golden import read_golden, run_in_batches
+from ..export.golden import GOLDEN, Golden, Runner, read_golden, run_in_batches, write_golden
 from ..export.machine import fingerprint, read_machine
 from ..export.measure import LatencyProtocol, laps_path
 from ..export.onnx_export import OnnxInfo, export_onnx
-from ..export.target import Session, Target, engine_path, parse_target, read_engine, require_usable, width_step
+from ..export.precision import QUANTISED, Reference, Rest, require_quantisable
+from ..export.target import (
+    PRECISIONS,
+    Target,
+    engine_path,
+    parse_target,
+    read_engine,
+    require_precision,
+    require_usable,
+    width_step,
+)
+from ..export.target_torch import PROGRAM_PRECISIONS, TorchTarget, program_path, write_program
 from ..export.targets import make_target
 from . import report as reports
+from .convert import ROUNDING, Evidence, convert_networks
 from .data import DataSet, Images, default_size, normalise, open_data, shuffled
-from .device import measured_row, unmeasured_row
+from .device import TENSORRT, agreement_check, measured_row, unmeasured_row
 from .display import Display
 from .journal import Journal, StageResult, digest_of
 from .models import BuiltModel, build_model, import_object, load_weights
@@ -63,6 +77,7 @@ from .tune import TrainRecord, evaluate, predict, recalibrate, train
 JOINT_IMAGES = 64  # where the recipe names no number: the joint mode holds the maps of all of them at once
 SMALL_SET = 20_000  # a data set with at most so many training images may train its own dense model
 GOLDEN_IMAGES = 8
+OUTPUTS = "outputs.npy"
 ALARM = 0.02  # a loss of accuracy above two points is said aloud
 BY_SCORES = ("global", "isomorphic", "interaction")
 """Allocations whose widths are known only when the channels have been scored."""
@@ -78,9 +93,13 @@ BUNDLE_FILES = (
     "plan.json",
     "scores.safetensors",
     "model.safetensors",
-    "model.onnx",
-    "dense.onnx",
-    "golden.npz",
+    *(onnx_name(network, precision) for network in ("model", "dense") for precision in PRECISIONS),
+    GOLDEN,
+    *(
+        program_path(Path(onnx_name(network, precision))).name
+        for network in ("model", "dense")
+        for precision in PROGRAM_PRECISIONS
+    ),
 )
 PACKAGES = (
     "torch", "torchvision", "torch-pruning", "lightning", "onnx", "onnxscript", "numpy", "onnxruntime",
@@ -119,6 +138,29 @@ class CutPreview:
     macs_after: int
     params_before: int
     params_after: int
+
+
+@dataclass(frozen=True)
+class OnnxFiles:
+    """Where the ONNX files of a run lie: those in FP32, and those in other precisions where any were asked for."""
+
+    exported: StageResult
+    converted: StageResult | None
+
+    def path(self, network: str, precision: str) -> Path:
+        """The file of `network` (model or dense) in that precision."""
+        stage = self.exported if precision == "fp32" or self.converted is None else self.converted
+        return stage.file(onnx_name(network, precision))
+
+    @property
+    def golden(self) -> Path:
+        """The golden images and outputs."""
+        return (self.converted or self.exported).file(GOLDEN)
+
+    @property
+    def digest(self) -> str:
+        """Of all the files."""
+        return digest_of(self.exported.digest, self.converted.digest) if self.converted else self.exported.digest
 
 
 @dataclass
@@ -283,9 +325,15 @@ def prepare(
     Raises: as `prune`, and what `admit` raises.
     """
     display.stage("prepare")
-    targets = [make_target(parse_target(text), threads=recipe.measure.threads) for text in recipe.targets]
-    for target in [*targets, _reference_target()] if needs_cut and needs_engines else []:
+    targets = [
+        make_target(parse_target(text), threads=recipe.measure.threads, options=recipe.build) for text in recipe.targets
+    ]
+    for target in targets if needs_cut and needs_engines else []:
         require_usable(target)
+        for precision in recipe.export.precision:
+            require_precision(target, precision)
+    if needs_cut and needs_engines:
+        require_usable(_reference_target())
     _require_free_batch(recipe)
     if recipe.model.weights is not None and not Path(recipe.model.weights).is_file():
         raise FileNotFoundError(f"{recipe.model.weights}: no such weights file. Check --weights.")
@@ -302,11 +350,14 @@ def prepare(
     built = _build(recipe, data)
     _require_weights(recipe, data)
     if needs_cut:
-        _require_no_turing_products(targets, built.module)
+        _require_data_for_8_bits(recipe, targets, data)
+        _require_no_turing_products(recipe, targets, built.module)
     network = digest_of(weights_digest(built.module), source_digest(recipe.model.name))
     if recipe.model.weights is not None:
         load_weights(built.module, recipe.model.weights)
     example = normalise(data.test.read(torch.arange(1)))
+    if needs_cut:
+        _require_left_out(recipe, built.module, example)
     cost = CostModel(built.module, example)
     found = ChannelGraph(built.module, example).groups
     groups = judged_groups(built.module, found, criteria, cost=cost)
@@ -369,15 +420,60 @@ def _require_free_batch(recipe: Recipe) -> None:
         )
 
 
-def _require_no_turing_products(targets: list[Target], model: nn.Module) -> None:
+def _require_data_for_8_bits(recipe: Recipe, targets: list[Target], data: DataSet) -> None:
+    """Raises: ValueError where 8 bits are asked for without real images; TargetUnavailable for a type of the rest that
+    a target gets wrong."""
+    asked = [precision for precision in recipe.export.precision if precision in QUANTISED]
+    if not asked:
+        return
+    if not data.has_accuracy:
+        raise ValueError(
+            f"{asked[0].upper()} asked without data: its ranges come from real images, and '{recipe.data.name}' draws "
+            f"random ones. Give real --data, or leave {asked[0]} out of --precision."
+        )
+    for target in targets:
+        if recipe.quantize.rest == "fp16" and target.spec.name not in TENSORRT:
+            raise TargetUnavailable(
+                f"target '{target.spec}' takes no {asked[0]} with quantize.rest = 'fp16': onnxruntime makes int32 "
+                "biases of the FP16 ones, with scales that FP16 cannot hold. Set quantize.rest=auto."
+            )
+
+
+def _require_left_out(recipe: Recipe, model: nn.Module, example: Tensor) -> None:
+    """The dense network is exported to see its layers: an addition has a name in the ONNX file alone.
+
+    Raises: ValueError for a layer to be left out of 8 bits that there is not, or where none would be left.
+    """
+    asked = recipe.quantize
+    if not any(precision in QUANTISED for precision in recipe.export.precision):
+        return
+    if not asked.exclude and not asked.first_last:
+        return
+    with tempfile.TemporaryDirectory(prefix="chip-deploy-") as folder:
+        source = Path(folder) / onnx_name("dense", "fp32")
+        export_onnx(model, example, source, dynamic_batch=recipe.export.dynamic_batch)
+        require_quantisable(source, asked)
+
+
+def _require_no_turing_products(recipe: Recipe, targets: list[Target], model: nn.Module) -> None:
     """TensorRT-RTX 1.7 builds no FP32 matrix product for Turing, and says so only after everything else is done."""
+    in_fp32 = {"fp32"} if _rest(recipe) == "fp16" else {"fp32", *QUANTISED}
+    precision = next((name for name in recipe.export.precision if name in in_fp32), None)
     linear = next((name for name, module in model.named_modules() if isinstance(module, nn.Linear)), None)
     for target in targets:
-        if linear is not None and "sm75" in target.spec.capabilities:
+        if linear is not None and precision is not None and "sm75" in target.spec.capabilities:
             raise TargetUnavailable(
                 f"target '{target.spec}' cannot be used here: TensorRT-RTX has no FP32 matrix product for sm75, and "
-                f"'{linear}' is one. Leave sm75 out, or use --target trt on the device."
+                f"'{linear}' is one in {precision}. Leave sm75 out, use --precision fp16, or use --target trt on the "
+                "device."
             )
+
+
+def _rest(recipe: Recipe) -> Rest:
+    """The type of what is not quantised: FP16 where TensorRT alone will run it, unless the recipe says which."""
+    if recipe.quantize.rest != "auto":
+        return recipe.quantize.rest
+    return "fp16" if all(parse_target(text).name in TENSORRT for text in recipe.targets) else "fp32"
 
 
 def _build(recipe: Recipe, data: DataSet) -> BuiltModel:
@@ -622,11 +718,13 @@ def _run(ready: Prepared, out: Path, display: Display, command: str) -> reports.
     tuned = _tune_stage(ready, journal, dense, plan, cut)
     onnx = _export_stage(ready, journal, dense, plan, tuned)
     agreed = _agree_stage(ready, journal, onnx, plan, tuned)
-    built = _build_stage(ready, journal, onnx)
-    measured = _measure_stage(ready, journal, onnx, built)
+    converted = _convert_stage(ready, journal, onnx, agreed, plan, tuned) if _lower_precisions(ready) else None
+    files = OnnxFiles(onnx, converted)
+    built = _build_stage(ready, journal, files)
+    measured = _measure_stage(ready, journal, files, built, before=agreed.facts["accuracy"])
     stages = {
         "dense": dense, "score": scores, "plan": plan, "cut": cut, "tune": tuned, "export": onnx, "agree": agreed,
-        "build": built, "measure": measured,
+        **({"convert": converted} if converted else {}), "build": built, "measure": measured,
     }  # fmt: skip
     return _report_stage(ready, journal, out, stages, command)
 
@@ -967,26 +1065,47 @@ def _export_stage(
     """Both networks as ONNX, and golden inputs with torch's outputs."""
 
     def make(folder: Path) -> Mapping[str, Any]:
-        dynamic = ready.recipe.export.dynamic_batch
         pruned = _pruned(ready, plan, tuned.file("model.safetensors"))
-        journal.display.progress(0.1, "pruned network")
-        info: OnnxInfo = export_onnx(pruned, ready.example, folder / "model.onnx", dynamic_batch=dynamic)
-        journal.display.progress(0.5, "dense network")
-        control = export_onnx(ready.built.module, ready.example, folder / "dense.onnx", dynamic_batch=dynamic)
-        golden = normalise(ready.test.read(torch.arange(min(GOLDEN_IMAGES, len(ready.test)))))
-        with torch.no_grad():
-            outputs = torch.cat([pruned(image) for image in golden.split(1)])
-        with (folder / "golden.npz").open("wb") as file:
-            np.savez(file, input=golden.numpy(), output=outputs.numpy())
+        info, control = export_both(ready, pruned, folder, journal.display.progress)
         return {"onnx_bytes": info.bytes, "dense_onnx_bytes": control.bytes, "opset": info.opset, "ir": info.ir_version}
 
     inputs = {
         "tuned": tuned.digest,
         "dense": dense.digest,
         "export": ready.recipe.export.model_dump(),
+        "programs": _wants_programs(ready),
         "test": _test_key(ready),
     }
     return journal.stage("export", inputs, make)
+
+
+def export_both(ready: Prepared, pruned: nn.Module, folder: Path, progress: Progress) -> tuple[OnnxInfo, OnnxInfo]:
+    """model.onnx, dense.onnx and golden.npz in `folder`, and the torch programs where a target runs those."""
+    dynamic = ready.recipe.export.dynamic_batch
+    progress(0.1, "pruned network")
+    info: OnnxInfo = export_onnx(pruned, ready.example, folder / "model.onnx", dynamic_batch=dynamic)
+    progress(0.5, "dense network")
+    control = export_onnx(ready.built.module, ready.example, folder / "dense.onnx", dynamic_batch=dynamic)
+    _write_programs(ready, {"model": pruned, "dense": ready.built.module}, "fp32", folder)
+    golden = normalise(ready.test.read(torch.arange(min(GOLDEN_IMAGES, len(ready.test)))))
+    with torch.no_grad():
+        outputs = torch.cat([pruned(image) for image in golden.split(1)])
+    write_golden(folder / GOLDEN, Golden(golden.numpy(), outputs.numpy()))
+    return info, control
+
+
+def _wants_programs(ready: Prepared) -> bool:
+    """Whether a target runs the network by torch itself, which no ONNX file can be turned back into."""
+    return any(isinstance(target, TorchTarget) for target in ready.targets)
+
+
+def _write_programs(ready: Prepared, networks: Mapping[str, nn.Module], precision: str, folder: Path) -> None:
+    """The torch programs of both networks beside their ONNX files, if a target runs them in that precision."""
+    if _wants_programs(ready) and precision in PROGRAM_PRECISIONS:
+        for name, network in networks.items():
+            path = program_path(folder / onnx_name(name, precision))
+            dynamic = ready.recipe.export.dynamic_batch
+            write_program(network, ready.example, path, dynamic_batch=dynamic, precision=precision)
 
 
 def _agree_stage(
@@ -1002,12 +1121,81 @@ def _agree_stage(
             outputs = _outputs(session, ready.test, journal.display.progress)
         agreement = compare_outputs(reference, outputs)
         require_agreement(agreement, what="model.onnx")
+        np.save(folder / OUTPUTS, outputs)  # what other precisions are compared with
         return {"agreement": agreement.model_dump(), "accuracy": _top1(outputs, ready)}
 
     return journal.stage("agree", {"onnx": onnx.digest, "test": _test_key(ready)}, make)
 
 
-def _build_stage(ready: Prepared, journal: Journal, onnx: StageResult) -> StageResult:
+def _convert_stage(
+    ready: Prepared,
+    journal: Journal,
+    onnx: StageResult,
+    agreed: StageResult,
+    plan: StageResult,
+    tuned: StageResult,
+) -> StageResult:
+    """Both networks in the other precisions that were asked for, each judged on the images of the evaluation."""
+    recipe, progress = ready.recipe, journal.display.progress
+
+    def make(folder: Path) -> Mapping[str, Any]:
+        networks = {"model": _pruned(ready, plan, tuned.file("model.safetensors")), "dense": ready.built.module}
+        evidence = _evidence(ready, np.load(agreed.file(OUTPUTS)), progress)
+        golden, own, rows = read_golden(onnx.folder), {}, []
+        for precision in _lower_precisions(ready):
+            progress(0.0, precision)
+            row = convert_networks(
+                onnx.folder,
+                folder,
+                precision=precision,
+                settings=recipe.quantize,
+                rest=_rest(recipe),
+                evidence=evidence,
+                progress=progress,
+            )
+            rows.append(row.model_dump(mode="json"))
+            if precision in QUANTISED:
+                own[precision] = Reference(folder / onnx_name("model", precision)).outputs(golden.images)
+            _write_programs(ready, networks, precision, folder)
+        write_golden(folder / GOLDEN, golden._replace(by_precision=own))
+        return {"precisions": rows}
+
+    inputs = {
+        "onnx": onnx.digest,
+        "agreed": agreed.digest,
+        "precision": recipe.export.precision,
+        "quantize": recipe.quantize.model_dump(),
+        "rest": _rest(recipe),
+        "data": ready.data.digest,
+        "test": _test_key(ready),
+        "seed": recipe.seed,
+    }
+    result = journal.stage("convert", inputs, make)
+    for note in _precision_warnings(result.facts["precisions"], agreed.facts["accuracy"]):
+        journal.display.note(note)
+    return result
+
+
+def _evidence(ready: Prepared, outputs: np.ndarray, progress: Progress) -> Evidence:
+    """Training images for calibration, never those of the evaluation; and how a file is judged on the latter."""
+    train_set = ready.data.train
+    n = min(ready.recipe.quantize.images, len(train_set))
+    images = train_set.sample(n, seed=ready.recipe.seed, what="quantize.images")
+    return Evidence(
+        images=normalise(images.read(torch.arange(n))).numpy(),
+        what="calibration images" if ready.data.has_accuracy else "random images",
+        outputs=outputs,
+        labels=ready.test.labels.numpy() if ready.data.has_accuracy else None,
+        judge=lambda session: _outputs(session, ready.test, progress),
+    )
+
+
+def _lower_precisions(ready: Prepared) -> list[str]:
+    """The precisions that have files of their own."""
+    return [precision for precision in ready.recipe.export.precision if precision != "fp32"]
+
+
+def _build_stage(ready: Prepared, journal: Journal, files: OnnxFiles) -> StageResult:
     """One engine file and sidecar for each target and precision."""
 
     def make(folder: Path) -> Mapping[str, Any]:
@@ -1015,22 +1203,29 @@ def _build_stage(ready: Prepared, journal: Journal, onnx: StageResult) -> StageR
         for count, (target, precision) in enumerate(wanted):
             journal.display.progress(count / len(wanted), f"{target.spec} {precision}")
             path = engine_path(folder, target.spec, precision)
-            target.build(onnx.file("model.onnx"), path, precision=precision)
+            check = agreement_check(lambda: read_golden(files.golden.parent))
+            build_best(target, files.path("model", precision), path, precision=precision, check=check)
         return {}
 
-    inputs = {"onnx": onnx.digest, "targets": ready.recipe.targets, "precision": ready.recipe.export.precision,
+    inputs = {"onnx": files.digest, "options": ready.recipe.build.model_dump(mode="json"),
+              "targets": ready.recipe.targets, "precision": ready.recipe.export.precision,
               "threads": ready.recipe.measure.threads, "versions": versions()}  # fmt: skip
     return journal.stage("build", inputs, make)
 
 
-def _measure_stage(ready: Prepared, journal: Journal, onnx: StageResult, built: StageResult) -> StageResult:
-    """Every engine that this machine can run, in turns with the dense network; the others with the reason why not."""
+def _measure_stage(
+    ready: Prepared, journal: Journal, files: OnnxFiles, built: StageResult, *, before: float | None
+) -> StageResult:
+    """Every engine that this machine can run, in turns with the dense network; the others with the reason why not.
+
+    `before`: the accuracy of the FP32 file.
+    """
     recipe = ready.recipe
     asked = recipe.measure.model_dump() | {"seed": recipe.seed}
 
     def make(folder: Path) -> Mapping[str, Any]:
-        golden = read_golden(onnx.folder)
-        rows = []
+        golden = read_golden(files.golden.parent)
+        rows, warnings = [], []
         for target, precision in _engines(ready):
             path = engine_path(built.folder, target.spec, precision)
             engine = read_engine(path)
@@ -1041,26 +1236,49 @@ def _measure_stage(ready: Prepared, journal: Journal, onnx: StageResult, built: 
             row = measured_row(
                 target,
                 path,
-                onnx.file("dense.onnx"),
+                files.path("dense", precision),
                 golden,
                 LatencyProtocol.model_validate(asked),
                 journal.display.progress,
                 laps_file=folder / laps_path(path).name,
                 judge=lambda session: _top1(_outputs(session, ready.test, journal.display.progress), ready),
             )
+            if over := _over_bound(row, before, most=recipe.quantize.max_drop):
+                warnings.append(f"WARNING: {over}")
+                row = row.model_copy(update={"reason": f"{row.reason} {warnings[-1]}"})
             rows.append(row)
             for advice in row.watch.advice if row.watch else []:
                 journal.display.note(advice)
-        return {"engines": [row.model_dump(mode="json") for row in rows]}
+        return {"engines": [row.model_dump(mode="json") for row in rows], "warnings": warnings}
 
     inputs = {
+        "bound": [recipe.quantize.max_drop, before],
         "built": built.digest,
-        "onnx": onnx.digest,
+        "onnx": files.digest,
         "measure": asked,
         "machine": fingerprint(read_machine()),
         "test": _test_key(ready),
     }
-    return journal.stage("measure", inputs, make)
+    result = journal.stage("measure", inputs, make)
+    for warning in result.facts["warnings"]:
+        journal.display.note(warning)
+    return result
+
+
+def _over_bound(row: reports.EngineRow, before: float | None, *, most: float | None) -> str:
+    """What is wrong with an 8-bit engine that loses more than `most` points of top-1; empty for any other.
+
+    The bound was kept by its ONNX file, and an engine may compute otherwise.
+    """
+    if most is None or before is None or row.accuracy is None or row.precision not in QUANTISED:
+        return ""
+    drop = 100 * (before - row.accuracy)
+    if drop <= most + ROUNDING:
+        return ""
+    return (
+        f"{row.file} loses {drop:.2f} points of top-1 on the evaluation images, and at most {most:g} may be lost: its "
+        "ONNX file keeps the bound, the engine does not. Lower --max-drop, or take another precision."
+    )
 
 
 def _report_stage(
@@ -1092,9 +1310,11 @@ def _place(out: Path, stages: Mapping[str, StageResult]) -> None:
         "plan.json": stages["plan"].file("plan.json"),
         "scores.safetensors": stages["score"].file("scores.safetensors"),
         "model.safetensors": stages["tune"].file("model.safetensors"),
-        **{name: stages["export"].file(name) for name in ("model.onnx", "dense.onnx", "golden.npz")},
+        **{name: stages["export"].file(name) for name in ("model.onnx", "dense.onnx", GOLDEN)},
+        **{path.name: path for path in _converted_files(stages)},
     }
-    for name, source in sources.items():
+    programs = [path for name in ("export", "convert") if name in stages for path in stages[name].folder.glob("*.pt2")]
+    for name, source in [*sources.items(), *((path.name, path) for path in sorted(programs))]:
         _copy_atomically(source, out / name)
     shutil.rmtree(out / "engines", ignore_errors=True)
     (out / "engines").mkdir()
@@ -1102,6 +1322,13 @@ def _place(out: Path, stages: Mapping[str, StageResult]) -> None:
     laps = sorted(stages["measure"].folder.glob("*.latency.json.gz"))
     for path in (*engines, *laps):
         _copy_atomically(path, out / "engines" / path.name)
+
+
+def _converted_files(stages: Mapping[str, StageResult]) -> list[Path]:
+    """The ONNX files in other precisions, and the golden outputs that hold theirs as well."""
+    if "convert" not in stages:
+        return []
+    return [*sorted(stages["convert"].folder.glob("*.onnx")), stages["convert"].file(GOLDEN)]
 
 
 def _copy_atomically(source: Path, target: Path) -> None:
@@ -1145,6 +1372,7 @@ def _report(
             ),
         ),
         agreement=Agreement.model_validate(facts["agree"]["agreement"]),
+        precisions=[reports.PrecisionRow.model_validate(row) for row in _precision_rows(facts)],
         engines=[reports.EngineRow.model_validate(row) for row in facts["measure"]["engines"]],
         groups=_group_reports(ready, stages, plan),
         score_images=facts["score"]["images"] or None,
@@ -1155,7 +1383,12 @@ def _report(
         versions=versions(),
         recipe=recipe.model_dump(mode="json"),
         digests={name.removesuffix("_sha256").replace("_", " "): digest for name, digest in lineage.items() if digest},
-        notes=[*_collapse(accuracy), *_notes(ready, facts, plan)],
+        notes=[
+            *_collapse(accuracy),
+            *_precision_warnings(_precision_rows(facts), accuracy.onnx),
+            *facts["measure"]["warnings"],
+            *_notes(ready, facts, plan),
+        ],
     )
 
 
@@ -1238,6 +1471,23 @@ def _collapse(accuracy: reports.Accuracy) -> list[str]:
     return [warning]
 
 
+def _precision_rows(facts: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    return facts["convert"]["precisions"] if "convert" in facts else []
+
+
+def _precision_warnings(rows: Sequence[Mapping[str, Any]], before: float | None) -> list[str]:
+    """A warning for each precision in which the network lost more accuracy than anybody would ship without looking."""
+    warnings = []
+    for row in rows:
+        after = row["accuracy"]
+        if before is None or after is None or before - after <= ALARM:
+            continue
+        bound = " or leave the layers out that cost most (--max-drop 0.5)" if row["sensitivities"] else ""
+        fell = f"top-1 fell from {before:.1%} to {after:.1%}"
+        warnings.append(f"WARNING: in {row['precision']} {fell}. Take another precision{bound}.")
+    return warnings
+
+
 def _budget_sentence(ready: Prepared) -> str:
     asked, rules, criterion = ready.recipe.prune, ready.rules, ready.criteria[0]
     floor = f"no group below {rules.min_width}"
@@ -1315,7 +1565,7 @@ def _top1(outputs: np.ndarray, ready: Prepared) -> float | None:
     return float((outputs.argmax(1) == ready.test.labels.numpy()).mean())
 
 
-def _outputs(session: Session, images: Images, progress: Progress) -> np.ndarray:
+def _outputs(session: Runner, images: Images, progress: Progress) -> np.ndarray:
     """The session's outputs for every image, decoded as they are needed."""
     rows = []
     for indices in torch.arange(len(images)).split(32):

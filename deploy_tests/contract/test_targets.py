@@ -18,6 +18,7 @@ from chip_deploy.export.errors import BuildFailed, ExportError, IntegrityError, 
 from chip_deploy.export.onnx_export import export_onnx
 from chip_deploy.export.target import (
     CAPABILITIES,
+    PRECISIONS,
     Engine,
     Session,
     Target,
@@ -25,16 +26,22 @@ from chip_deploy.export.target import (
     engine_path,
     parse_target,
     read_engine,
+    require_precision,
     require_usable,
     sidecar_path,
     width_step,
 )
+from chip_deploy.export.target_torch import program_path, write_program
 from chip_deploy.export.targets import make_target
 
-# Every name of the table, and where it takes capabilities, two of them as well.
-SPECS = [TargetSpec(name=name) for name in CAPABILITIES] + [
-    TargetSpec(name=name, capabilities=known[2:4]) for name, known in CAPABILITIES.items() if known
+# Every name of the table, and where it takes more behind a colon, that as well: torch runs in one way at a time.
+SPECS = [
+    *(TargetSpec(name=name) for name in CAPABILITIES),
+    *(TargetSpec(name="torch", capabilities=(way,)) for way in CAPABILITIES["torch"]),
+    TargetSpec(name="trt-rtx", capabilities=CAPABILITIES["trt-rtx"][2:4]),
 ]
+# Where the engine comes from is named in what a failed build says.
+SOURCES = r"model\.onnx: onnxruntime|model\.onnx: tensorrt|model\.pt2: torch"
 every_target = pytest.mark.parametrize("spec", SPECS, ids=str)
 
 
@@ -44,7 +51,15 @@ def onnx_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     net = nn.Sequential(nn.Conv2d(3, 24, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(24, 10))
     path = tmp_path_factory.mktemp("onnx") / "model.onnx"
     export_onnx(net, torch.zeros(1, 3, 16, 16), path)
+    write_program(net, torch.zeros(1, 3, 16, 16), program_path(path))
     return path
+
+
+def no_network(folder: Path) -> Path:
+    """A file that is no ONNX file, with what is no torch program beside it."""
+    for name in ("model.onnx", "model.pt2"):
+        (folder / name).write_bytes(b"this is no network")
+    return folder / "model.onnx"
 
 
 def usable(spec: TargetSpec) -> Target:
@@ -191,9 +206,8 @@ def test_a_build_that_fails_leaves_no_trace(spec: TargetSpec, tmp_path: Path) ->
     target = usable(spec)
     bundle = tmp_path / "bundle"
     bundle.mkdir()
-    (tmp_path / "model.onnx").write_bytes(b"this is no network")
-    with pytest.raises(BuildFailed, match=r"model\.onnx: onnxruntime|model\.onnx: tensorrt") as caught:
-        target.build(tmp_path / "model.onnx", engine_path(bundle, spec, "fp32"))
+    with pytest.raises(BuildFailed, match=SOURCES) as caught:
+        target.build(no_network(tmp_path), engine_path(bundle, spec, "fp32"))
     assert is_one_sentence(str(caught.value).rstrip(".") + ".")
     assert list(bundle.iterdir()) == []
 
@@ -201,9 +215,8 @@ def test_a_build_that_fails_leaves_no_trace(spec: TargetSpec, tmp_path: Path) ->
 @every_target
 def test_a_build_that_fails_leaves_the_earlier_engine(spec: TargetSpec, onnx_path: Path, tmp_path: Path) -> None:
     target, path, engine = build(spec, onnx_path, tmp_path)
-    (tmp_path / "model.onnx").write_bytes(b"this is no network")
-    with pytest.raises(BuildFailed):
-        target.build(tmp_path / "model.onnx", path)
+    with pytest.raises(BuildFailed, match=SOURCES):
+        target.build(no_network(tmp_path), path)
     assert read_engine(path) == engine
     assert len(list(path.parent.iterdir())) == 2
 
@@ -222,8 +235,8 @@ def test_mistakes_in_paths_and_precision_are_told_before_any_work(
 ) -> None:
     target = make_target(spec)
     path = engine_path(tmp_path, spec, "fp32")
-    with pytest.raises(ValueError, match=r"precision 'fp8' cannot be built\. Available: fp32"):
-        target.build(onnx_path, path, precision="fp8")
+    with pytest.raises(ValueError, match=r"precision 'int9' cannot be built\. Available: fp32"):
+        target.build(onnx_path, path, precision="int9")
     with pytest.raises(FileNotFoundError, match=r"nowhere\.onnx: no such ONNX file"):
         target.build(tmp_path / "nowhere.onnx", path)
     with pytest.raises(FileNotFoundError, match="nowhere: no such folder"):
@@ -233,6 +246,29 @@ def test_mistakes_in_paths_and_precision_are_told_before_any_work(
     with pytest.raises(FileNotFoundError, match=r"\.engine: no such engine"):
         target.open(path)
     assert list(tmp_path.iterdir()) == []
+
+
+@every_target
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_a_precision_that_a_target_refuses_is_told_before_any_work(
+    spec: TargetSpec, precision: str, onnx_path: Path, tmp_path: Path
+) -> None:
+    target = make_target(spec)
+    reason = target.refuses(precision)
+    if reason is None:
+        require_precision(target, precision)
+        return
+    assert is_one_sentence(reason)
+    with pytest.raises(TargetUnavailable, match=re.escape(f"target '{spec}' takes no {precision}: {reason}")):
+        require_precision(target, precision)
+    with pytest.raises(TargetUnavailable):
+        target.build(onnx_path, engine_path(tmp_path, spec, precision), precision=precision)
+    assert list(tmp_path.iterdir()) == []
+
+
+@every_target
+def test_every_target_takes_float32(spec: TargetSpec) -> None:
+    assert make_target(spec).refuses("fp32") is None
 
 
 @every_target
@@ -281,7 +317,7 @@ def test_an_array_with_strides_is_taken_for_the_values_it_shows(
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
-        ("tr", r"unknown target 'tr'\. Did you mean 'trt'\? Available: ort-cpu, trt, trt-rtx"),
+        ("tr", r"unknown target 'tr'\. Did you mean 'trt'\? Available: ort-cpu, ort-cuda, torch, trt, trt-rtx\."),
         ("ORT-CPU", r"unknown target 'ORT-CPU'\. Did you mean 'ort-cpu'\?"),
         ("trtrtx:sm89", r"unknown target 'trtrtx'\. Did you mean 'trt-rtx'\?"),
         ("", r"unknown target ''\. Available"),
@@ -289,8 +325,10 @@ def test_an_array_with_strides_is_taken_for_the_values_it_shows(
         ("trt-rtx:89", r"unknown compute capability '89'\. Did you mean 'sm89'\?"),
         ("trt-rtx:", r"unknown compute capability ''"),
         ("trt-rtx:sm86,,sm89", r"unknown compute capability ''"),
-        ("trt:sm89", r"target 'trt:sm89': only trt-rtx takes compute capabilities\. Write --target trt\."),
-        ("ort-cpu:avx2", r"only trt-rtx takes compute capabilities\. Write --target ort-cpu\."),
+        ("trt:sm89", r"target 'trt:sm89': trt takes nothing after a colon\. Write --target trt\."),
+        ("ort-cpu:avx2", r"ort-cpu takes nothing after a colon\. Write --target ort-cpu\."),
+        ("torch:compile", r"unknown way to run 'compile'\. Did you mean 'compiled'\? Available: eager, compil"),
+        ("torch:eager,compiled", r"one way to run at a time\. Give --target torch:eager and another\."),
     ],
 )
 def test_a_misspelt_target_is_told_the_nearest(text: str, sentence: str) -> None:
@@ -308,7 +346,7 @@ def test_one_set_of_capabilities_has_one_spelling(asked: list[str]) -> None:
 
 
 def test_a_name_outside_the_table_makes_no_target() -> None:
-    with pytest.raises(ValueError, match=r"unknown target 'abacus'\. Available: ort-cpu, trt, trt-rtx"):
+    with pytest.raises(ValueError, match=r"unknown target 'abacus'\. Available: ort-cpu, ort-cuda, torch, trt, tr"):
         make_target(TargetSpec(name="abacus"))
 
 
@@ -327,5 +365,5 @@ def test_tensorrt_pays_for_channels_by_8_and_by_32_in_int8(name: str) -> None:
 
 
 def test_a_width_step_for_an_unknown_precision_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"unknown precision 'fp8'\. Available: fp32, fp16, int8"):
-        width_step(parse_target("trt"), "fp8")
+    with pytest.raises(ValueError, match=r"precision 'int9' cannot be built\. Available: fp32, fp16, bf16, int8, fp8"):
+        width_step(parse_target("trt"), "int9")

@@ -83,11 +83,11 @@ def test_a_permuted_output_fails_whatever_the_precision(precision: str) -> None:
         require_agreement(compare_outputs(outputs, outputs[:, ::-1]), what="model.onnx", precision=precision)
 
 
-@pytest.mark.parametrize("precision", LIMITS)
-def test_one_wrong_output_among_many_fails_whatever_the_precision(precision: str) -> None:
+@pytest.mark.parametrize("precision", [name for name in LIMITS if name not in ("int8", "fp8")])
+def test_one_wrong_output_among_many_fails_where_the_format_sets_the_limit(precision: str) -> None:
     outputs = random_outputs(64, 1000)
     wrong = outputs.copy()
-    wrong[7, 3] += 1.0
+    wrong[7, 3] += 3.0
     with pytest.raises(ParityFailed, match="largest difference"):
         require_agreement(compare_outputs(outputs, wrong), what="an engine", precision=precision)
 
@@ -139,8 +139,22 @@ def test_nothing_to_compare_is_a_mistake_of_the_caller() -> None:
 
 
 def test_an_unknown_precision_is_refused_with_those_there_are() -> None:
-    with pytest.raises(ValueError, match=r"'fp8'\. Available: fp32, tf32"):
-        require_agreement(compare_outputs(REFERENCE, REFERENCE), what="an engine", precision="fp8")
+    with pytest.raises(ValueError, match=r"'fp7'\. Available: fp32, tf32, fp16, bf16, int8, fp8"):
+        require_agreement(compare_outputs(REFERENCE, REFERENCE), what="an engine", precision="fp7")
+
+
+def test_limits_widen_with_every_bit_that_is_lost() -> None:
+    order = ["fp32", "tf32", "fp16", "bf16", "int8"]
+    assert [LIMITS[name].snr_db for name in order] == sorted((LIMITS[name].snr_db for name in order), reverse=True)
+    assert LIMITS["int8 file"].snr_db > LIMITS["int8"].snr_db
+
+
+@pytest.mark.parametrize("precision", ["int8", "fp8"])
+def test_an_error_as_large_as_the_outputs_is_no_rounding_even_in_8_bits(precision: str) -> None:
+    outputs = random_outputs()
+    require_agreement(compare_outputs(outputs, 0.9 * outputs), what="an engine", precision=precision)
+    with pytest.raises(ParityFailed):
+        require_agreement(compare_outputs(outputs, -outputs), what="an engine", precision=precision)
 
 
 def test_an_agreement_reads_as_a_sentence() -> None:

@@ -1,6 +1,7 @@
 """The benchmarks of channel independence run in their smallest form, and their figures have the promised shape."""
 
 import importlib
+import importlib.util
 import json
 import os
 import re
@@ -180,6 +181,37 @@ def test_images_and_overlap_are_given_for_the_rule_and_for_each_fixed_number(tmp
         assert row["kept"] * row["overlap"] == pytest.approx(round(row["kept"] * row["overlap"]))
         assert row["settled"] or row["images"] == 64
     assert len(_rows(printed, "Group by group")) == 13
+
+
+@pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="tensorrt-rtx is not installed")
+def test_every_engine_has_a_row_dense_and_pruned_in_each_precision(tmp_path: Path) -> None:
+    words = ("--networks", "resnet20", "--precisions", "fp32", "int8", "--capabilities", "sm89", "--rounds", "2")
+    printed, figures = _figures(tmp_path, "engine_builds.py", *words)
+    rows = figures["rows"]
+    assert [(row["pruned"], row["precision"]) for row in rows] == [
+        *((False, "fp32"), (False, "int8"), (True, "fp32"), (True, "int8"))
+    ]
+    assert all(row["identical"] and 0 < row["build_seconds"] <= row["slowest_seconds"] for row in rows)
+    assert [row["multiplying"] for row in rows] == [{"fp32": 20}, {"int8": 20}] * 2
+    assert rows[2]["macs"] <= 0.5 * rows[0]["macs"]
+    assert rows[2]["engine_bytes"] < rows[0]["engine_bytes"]
+    assert [row[0] for row in _rows(printed, "Engines that")] == [*["resnet20"] * 2, *["resnet20 pruned"] * 2]
+
+
+def test_int8_has_a_row_for_each_rule_with_and_without_a_bound(tmp_path: Path) -> None:
+    sizes = ("--images", "16", "--sensitivity-images", "1", "--eval-images", "40", "--max-drop", "100")
+    words = ("--model", "resnet20", "--data", "digits", "--methods", "min-max", "entropy", *sizes)
+    printed, figures = _figures(tmp_path, "int8_accuracy.py", *words)
+    rows = figures["rows"]
+    assert [(row["calibration"], row["bound"]) for row in rows] == [
+        (rule, bound) for rule in ("min-max", "entropy") for bound in (None, 100.0)
+    ]
+    assert (figures["eval_images"], figures["calibration_images"]) == (40, 16)
+    for row in rows:
+        assert (row["layers"], row["left_out"]) == (29, [])  # 19 convolutions, 9 sums, the classifier
+        assert row["drop"] == pytest.approx(100 * (figures["fp32"] - row["top1"]))
+        assert 0 < row["snr_db"] < 60
+    assert [row[0] for row in _rows(printed, "Top-1")] == ["min-max", "min-max", "entropy", "entropy"]
 
 
 @pytest.fixture

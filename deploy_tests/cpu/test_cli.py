@@ -52,7 +52,7 @@ MISTAKES = {
     "unknown criterion": ([*PRUNE, "--criterion", "chop"], "unknown criterion 'chop'. Did you mean 'chip'?"),
     "unknown target": ([*PRUNE, "--target", "ort-gpu"], "unknown target 'ort-gpu'. Did you mean 'ort-cpu'?"),
     "unknown capability": ([*PRUNE, "--target", "trt-rtx:sm88"], "unknown compute capability 'sm88'"),
-    "unknown precision": ([*PRUNE, "--precision", "fp16"], "precision 'fp16' cannot be built. Available: fp32"),
+    "unknown precision": ([*PRUNE, "--precision", "fp17"], "precision 'fp17' cannot be built. Available: fp32"),
     "unknown key": ([*PRUNE, "--set", "tune.epoch=1"], "unknown key 'tune.epoch'. Did you mean 'tune.epochs'?"),
     "no value": ([*PRUNE, "--set", "tune.epochs"], "KEY=VALUE is expected"),
     "option given twice": ([*PRUNE, "--set", "prune.macs=0.4"], "'prune.macs' is given twice"),

@@ -343,6 +343,10 @@ MISTAKES = {
     "list allocation": (["--macs", "0.5", "--allocation", "list"], ["unknown allocation 'list'", "isomorphic"]),
     "score file": (["--macs", "0.5", "--set", "score.file=a"], ["score.file = 'a'", "Leave it out"]),
     "joint of many": (["--macs", "0.5", "--set", "score.joint=true"], ["score.joint", "Give --criteria chip"]),
+    "precision": (
+        ["--macs", "0.5", "--set", 'export.precision=["int8"]'],
+        ["export.precision = int8", "times fp32 alone"],
+    ),
     "layer ratios": (["--set", "prune.layer_ratios.conv=0.5"], ["prune.layer_ratios", "Give --macs"]),
     "out of reach": (
         ["--macs", "0.5,0.001", "--criteria", "l1"],

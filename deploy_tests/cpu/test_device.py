@@ -17,7 +17,8 @@ import pytest
 from chip_deploy.export.bundle import verify_bundle, write_manifest
 from chip_deploy.export.golden import Golden
 from chip_deploy.export.laps_file import laps_path, read_laps
-from chip_deploy.export.target_ort import OrtSession
+from chip_deploy.export.ort_session import OrtSession
+from chip_deploy.export.target_ort import OrtCpuTarget
 from chip_deploy.pipeline import device
 from chip_deploy.pipeline.cli import main
 from chip_deploy.pipeline.device import remeasure
@@ -138,6 +139,35 @@ def test_a_batch_that_a_network_was_not_exported_for_is_refused_with_the_way_out
     session: Any = SimpleNamespace(input_names=["input"], input_shapes={"input": (1, 3, 32, 32)})
     with pytest.raises(ValueError, match=r"x: a batch of 8 asked for, and it takes batches of 1 only\. Export it with"):
         device._require_batches(session, [1, 8], what="x")
+
+
+def test_the_dense_network_is_compiled_once_for_laps_and_layers(
+    bundle: Path, display: PlainDisplay, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opener, asked = OrtCpuTarget.onnx_opener, []
+
+    def counted(self: OrtCpuTarget, onnx_path: Path) -> Any:
+        asked.append(onnx_path.name)
+        return opener(self, onnx_path)
+
+    monkeypatch.setattr(OrtCpuTarget, "onnx_opener", counted)
+    (row,) = remeasure(bundle, None, display)
+    assert row.layers is not None
+    assert asked == ["dense.onnx"]
+
+
+def test_an_engine_without_weights_is_measured_with_those_of_the_file_it_was_built_from(
+    bundle: Path, display: PlainDisplay, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened, asked = OrtCpuTarget.open, []
+
+    def told(self: OrtCpuTarget, engine_path: Path, *, weights: Path | None = None) -> Any:
+        asked.append(weights)
+        return opened(self, engine_path, weights=weights)
+
+    monkeypatch.setattr(OrtCpuTarget, "open", told)
+    remeasure(bundle, None, display)
+    assert set(asked) == {bundle / "model.onnx"}
 
 
 def interrupted_at(count: int) -> Callable[..., None]:

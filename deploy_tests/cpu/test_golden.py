@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from chip_deploy.export.errors import IntegrityError
-from chip_deploy.export.golden import FREE_BATCH, read_golden, run_in_batches
+from chip_deploy.export.golden import FREE_BATCH, Golden, read_golden, run_in_batches, write_golden
 
 
 class MeanSession:
@@ -55,6 +55,19 @@ def test_golden_images_and_outputs_are_read_as_they_were_written(tmp_path: Path)
     golden = read_golden(tmp_path)
     np.testing.assert_array_equal(golden.images, images)
     np.testing.assert_array_equal(golden.outputs, outputs)
+
+
+def test_outputs_of_converted_files_are_kept_under_their_precision_and_in_the_same_bytes(tmp_path: Path) -> None:
+    images, outputs = np.ones((2, 3, 4, 4), np.float32), np.zeros((2, 10), np.float32)
+    golden = Golden(images, outputs, {"int8": outputs + 1, "fp8": outputs + 2})
+    for name in ("golden.npz", "again.npz"):
+        write_golden(tmp_path / name, golden)
+    found = read_golden(tmp_path)
+    assert found.by_precision.keys() == {"int8", "fp8"}
+    np.testing.assert_array_equal(found.by_precision["fp8"], outputs + 2)
+    np.testing.assert_array_equal(found.outputs, outputs)
+    assert (tmp_path / "golden.npz").read_bytes() == (tmp_path / "again.npz").read_bytes()
+    assert Golden(images, outputs).by_precision == {}
 
 
 def test_a_golden_file_that_would_run_code_is_refused(tmp_path: Path) -> None:

@@ -158,4 +158,4 @@ def test_a_file_without_shapes_is_refused(tmp_path: Path) -> None:
     del proto.graph.value_info[:]
     onnx.save(proto, tmp_path / "model.onnx")
     with pytest.raises(IntegrityError, match=r"gives no shape for '.+'\. Export it"):
-        LayerMap(read_graph(tmp_path / "model.onnx"))
+        _ = LayerMap(read_graph(tmp_path / "model.onnx")).work

@@ -104,6 +104,7 @@ def test_a_machine_that_hides_its_governors_has_none(tmp_path: Path) -> None:
          GpuFacts("NVIDIA GeForce RTX 5090", "sm120", "576.02")),
         ("Orin (nvgpu), [N/A], 540.4.0\n", GpuFacts("Orin (nvgpu)", None, "540.4.0")),
         ("No devices were found\n", None),
+        ("x" * 200_000, None),  # longer than a field of csv may be
         ("", None),
     ],
 )  # fmt: skip
@@ -117,6 +118,7 @@ def test_the_first_gpu_is_read_from_what_nvidia_smi_prints(printed: str, gpu: Gp
     [
         ('echo "NVIDIA L4, 8.9, 580.65.06"', GpuFacts("NVIDIA L4", "sm89", "580.65.06")),
         ('echo "NVIDIA-SMI has failed" >&2; exit 9', GpuFacts()),
+        ("printf '\\377\\376, 8.9, 580'", GpuFacts()),  # no UTF-8
     ],
 )
 def test_nvidia_smi_is_asked_where_it_is_on_the_path(
@@ -135,7 +137,7 @@ def test_nvidia_smi_is_asked_where_it_is_on_the_path(
 NVML = """
 class NVMLError(Exception): pass
 def nvmlInit(): {init}
-def nvmlShutdown(): print("shut down")
+def nvmlShutdown(): {shutdown}
 def nvmlDeviceGetHandleByIndex(index): return index
 def nvmlDeviceGetCudaComputeCapability(device): return (8, 7)
 def nvmlDeviceGetName(device): return b"Orin"
@@ -144,12 +146,16 @@ def nvmlSystemGetDriverVersion(): return "540.4.0"
 
 
 @pytest.mark.parametrize(
-    ("init", "printed"),
-    [("pass", "shut down\nGpuFacts(name='Orin', sm='sm87', driver='540.4.0')\n"), ("raise NVMLError", "None\n")],
+    ("init", "shutdown", "printed"),
+    [
+        ("pass", "print('shut down')", "shut down\nGpuFacts(name='Orin', sm='sm87', driver='540.4.0')\n"),
+        ("pass", "raise NVMLError", "GpuFacts(name='Orin', sm='sm87', driver='540.4.0')\n"),
+        ("raise NVMLError", "print('shut down')", "None\n"),
+    ],
 )
-def test_nvml_is_asked_where_it_can_be_imported(init: str, printed: str, tmp_path: Path) -> None:
+def test_nvml_is_asked_where_it_can_be_imported(init: str, shutdown: str, printed: str, tmp_path: Path) -> None:
     # A stand-in for absent hardware, in a process of its own, where it leaves nothing behind.
-    (tmp_path / "pynvml.py").write_text(NVML.format(init=init), "utf-8")
+    (tmp_path / "pynvml.py").write_text(NVML.format(init=init, shutdown=shutdown), "utf-8")
     code = "from chip_deploy.export.machine import _gpu_from_nvml; print(_gpu_from_nvml())"
     path = os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH", "")]))
     done = subprocess.run(

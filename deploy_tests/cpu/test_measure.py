@@ -1,5 +1,6 @@
 """The protocol of a measurement on a clock that tests can wind, and the verdicts on laps made by hand."""
 
+import functools
 import gc
 import itertools
 import os
@@ -21,6 +22,7 @@ from chip_deploy.export.measure import (
     PROTOCOLS,
     WARMUP_WINDOWS,
     Comparison,
+    GpuTimes,
     Laps,
     LatencyProtocol,
     Measured,
@@ -503,6 +505,87 @@ def test_where_a_device_has_a_clock_three_numbers_are_told_and_its_own_is_the_la
     assert set(found.laps.round_trips_ms) == {
         *("dense with transfers", "dense host end to end", "pruned with transfers", "pruned host end to end")
     }
+
+
+class GraphSession(TimedSession):
+    """A session whose laps are one launch of a graph, which takes half of what its kernels take one by one."""
+
+    launch = "cuda graph"
+
+    def plain_lap_ms(self) -> float:
+        return 2 * self.timed_lap_ms()
+
+
+def with_graph(kind: type[TimedSession], *, launch: str) -> GpuTimes:
+    clock = WoundClock()
+    protocol = PROTOCOLS["chip-deploy"].model_copy(update={"seconds": 0.2, "resamples": 100, "openings": 2})
+
+    def opened(lap_ms: float) -> Session:
+        session = kind(clock, always(lap_ms))
+        session.launch = launch  # pyright: ignore[reportAttributeAccessIssue]
+        return session
+
+    times = compare_latency(lambda: opened(4.0), lambda: opened(2.0), protocol, clock=clock).times
+    assert times is not None
+    return times
+
+
+def test_where_laps_are_launches_of_a_graph_those_without_it_are_told_beside_them() -> None:
+    times = with_graph(GraphSession, launch="cuda graph")
+    assert times.launch == "cuda graph"
+    for side, lap_ms in ((times.dense, 4.0), (times.pruned, 2.0)):
+        assert side.device_compute.p50 == 0.5 * lap_ms
+        assert side.kernel_by_kernel is not None
+        assert side.kernel_by_kernel.p50 == lap_ms
+        assert side.kernel_by_kernel.n >= PROTOCOLS["chip-deploy"].laps
+
+
+def test_where_no_graph_was_recorded_the_reason_stands_in_its_place() -> None:
+    times = with_graph(GraphSession, launch="kernel by kernel: the CUDA graph is switched off")
+    assert times.launch == "kernel by kernel: the CUDA graph is switched off"
+    assert times.pruned.kernel_by_kernel is None
+
+
+@pytest.mark.parametrize("graphs", [(True, False), (False, True)])
+def test_where_only_one_network_was_recorded_as_a_graph_there_is_no_verdict(graphs: tuple[bool, bool]) -> None:
+    clock = WoundClock()
+    protocol = PROTOCOLS["chip-deploy"].model_copy(update={"seconds": 0.2, "resamples": 100, "openings": 2})
+
+    def opened(lap_ms: float, graph: bool) -> Session:
+        session = GraphSession(clock, always(lap_ms))
+        session.launch = "cuda graph" if graph else "kernel by kernel: not capturable"
+        return session
+
+    dense, pruned = (functools.partial(opened, *each) for each in zip((4.0, 2.0), graphs, strict=True))
+    found = compare_latency(dense, pruned, protocol, clock=clock)
+    assert found.comparison.verdict == "unstable"
+    told = [
+        f"{name}: {'cuda graph' if graph else 'kernel by kernel: not capturable'}"
+        for name, graph in zip(("dense", "control", "pruned"), (graphs[0], *graphs), strict=True)
+    ]
+    assert f"not all laps were launched in the same way ({'; '.join(told)})" in found.comparison.reason
+    assert found.times is not None
+    assert found.times.launch.startswith("dense cuda graph, pruned k" if graphs[0] else "dense kernel by kernel")
+
+
+def test_two_networks_that_cannot_be_recorded_for_different_reasons_are_launched_alike() -> None:
+    clock = WoundClock()
+    protocol = PROTOCOLS["chip-deploy"].model_copy(update={"seconds": 0.2, "resamples": 100, "openings": 2})
+    reasons = itertools.count()
+
+    def opened(lap_ms: float) -> Session:
+        session = GraphSession(clock, always(lap_ms))
+        session.launch = f"kernel by kernel: reason {next(reasons)}"
+        return session
+
+    found = compare_latency(lambda: opened(4.0), lambda: opened(2.0), protocol, clock=clock)
+    assert found.comparison.verdict == "faster"
+
+
+def test_a_device_without_graphs_tells_nothing_of_them() -> None:
+    found = timed("chip-deploy").times
+    assert found is not None
+    assert (found.launch, found.pruned.kernel_by_kernel) == ("", None)
 
 
 def test_trtexecs_latency_holds_the_transfers() -> None:

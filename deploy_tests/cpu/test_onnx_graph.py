@@ -93,3 +93,44 @@ def test_a_damaged_file_is_read_or_refused_and_nothing_else(
     path.write_bytes(bytes(damaged))
     with contextlib.suppress(IntegrityError):
         assert isinstance(read_graph(path), OnnxGraph)
+
+
+def test_types_are_those_that_the_onnx_package_reads(path: Path) -> None:
+    graph = onnx.load(path).graph
+    names = {onnx.TensorProto.FLOAT: "fp32", onnx.TensorProto.INT64: "int64"}
+    expected = {
+        value.name: names[value.type.tensor_type.elem_type]
+        for value in (*graph.input, *graph.output, *graph.value_info)
+    }
+    expected |= {tensor.name: names[tensor.data_type] for tensor in graph.initializer}
+    found = read_graph(path).types
+    assert {name: found[name] for name in expected} == expected
+
+
+def test_the_opset_is_that_of_onnx_itself_whatever_else_is_imported(tmp_path: Path) -> None:
+    imports = [onnx.helper.make_opsetid(domain, version) for domain, version in (("com.microsoft", 99), ("", 18))]
+    graph = onnx.helper.make_graph([], "g", [], [])
+    onnx.save(onnx.helper.make_model(graph, opset_imports=imports), tmp_path / "model.onnx")
+    assert read_graph(tmp_path / "model.onnx").opset == 18
+
+
+def test_shapes_and_types_behind_conversions_are_filled_in(tmp_path: Path) -> None:
+    nodes = [
+        onnx.helper.make_node("Cast", ["input"], ["low"], to=onnx.TensorProto.FLOAT16),
+        onnx.helper.make_node("QuantizeLinear", ["low", "scale", "zero"], ["q"]),
+        onnx.helper.make_node("DequantizeLinear", ["q", "scale", "zero"], ["dq"]),
+        onnx.helper.make_node("Relu", ["dq"], ["output"]),
+        onnx.helper.make_node("Shape", ["output"], ["size"]),
+        onnx.helper.make_node("QuantizeLinear", ["input", "wide"], ["unsigned"]),
+    ]
+    weights = [
+        onnx.helper.make_tensor("scale", onnx.TensorProto.FLOAT16, [], [0.5]),
+        onnx.helper.make_tensor("wide", onnx.TensorProto.FLOAT, [], [0.5]),
+        onnx.helper.make_tensor("zero", onnx.TensorProto.INT8, [], [0]),
+    ]
+    values = [onnx.helper.make_tensor_value_info("input", 1, [2, 3])]
+    onnx.save(onnx.helper.make_model(onnx.helper.make_graph(nodes, "g", values, [], weights)), tmp_path / "model.onnx")
+    graph = read_graph(tmp_path / "model.onnx")
+    expected = {"low": "fp16", "q": "int8", "dq": "fp16", "output": "fp16", "size": "int64", "unsigned": "uint8"}
+    assert {name: graph.types[name] for name in expected} == expected
+    assert all(graph.shapes[name] == (2, 3) for name in ("low", "q", "dq", "unsigned"))

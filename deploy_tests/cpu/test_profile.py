@@ -20,9 +20,10 @@ from chip_deploy.export.layers import LayerMap, LayerWork
 from chip_deploy.export.node_times import Profile, ProfiledNode, profile_in_turns, profile_of
 from chip_deploy.export.onnx_export import export_onnx
 from chip_deploy.export.onnx_graph import read_graph
+from chip_deploy.export.ort_session import read_trace
 from chip_deploy.export.profile import LayerComparison, LayerTime, compare_layers
 from chip_deploy.export.target import NodeLaps, cpu_isa, parse_target, width_step
-from chip_deploy.export.target_ort import OrtCpuTarget, read_trace
+from chip_deploy.export.target_ort import OrtCpuTarget
 from chip_deploy.pipeline.models import build_model
 
 SPEC = parse_target("ort-cpu")

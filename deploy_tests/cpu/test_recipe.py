@@ -142,7 +142,17 @@ MISTAKES = {
     "more than all": (asked(prune__max_ratio=1.5), "prune.max_ratio = 1.5: it should be less than or equal to 1."),
     "unknown target": (asked(targets=["ort-cup"]), "unknown target 'ort-cup'. Did you mean 'ort-cpu'?"),
     "targets as text": (asked(targets="ort-cpu"), "targets = 'ort-cpu': it should be a valid list."),
-    "other precision": (asked(export__precision=["fp16"]), "precision 'fp16' cannot be built. Available: fp32"),
+    "other precision": (asked(export__precision=["fp17"]), "precision 'fp17' cannot be built. Available: fp32, fp16, "),
+    "a bound on nothing": (
+        asked(quantize__max_drop=0.5),
+        "quantize.max_drop = 0.5 bounds what int8 or fp8 may lose, and the precision is fp32. Add --precision int8",
+    ),
+    "unknown ranges": (
+        asked(quantize__calibration="mean"),
+        "quantize.calibration = 'mean': it should be 'entropy', 'percentile' or 'min-max'.",
+    ),
+    "no images": (asked(quantize__images=0), "quantize.images = 0: it should be greater than or equal to 1."),
+    "half of a percentile": (asked(quantize__percentile=50), "quantize.percentile = 50: it should be greater than 50."),
     "no precision": (asked(export__precision=[]), "at least one precision is expected"),
     "broken epoch": (asked(tune__epochs=2.5), "tune.epochs = 2.5: it should be a valid integer."),
     "true for a number": (asked(tune__epochs=True), "tune.epochs = True: it should be a valid integer."),
@@ -274,6 +284,9 @@ def test_the_written_recipe_holds_every_default() -> None:
         "recover",
         "train",
         "file",
+        "max_drop",
+        "workspace_mib",
+        "optimization_level",
     }
     held = {f"{name}.{key}" for name, part in written.items() if isinstance(part, dict) for key in part}
     assert {key for key in set(recipe_keys()) - held if "." in key and key.split(".")[1] not in optional} == set()

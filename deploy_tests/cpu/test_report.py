@@ -21,18 +21,23 @@ from rich.console import Console
 
 from chip_deploy.export.agree import Agreement
 from chip_deploy.export.laps import Control, Quantiles, Speedup
+from chip_deploy.export.low_precision import Kept
 from chip_deploy.export.machine import Machine
 from chip_deploy.export.measure import BatchRow, GpuTimes, PathTimes
+from chip_deploy.export.precision import Conversion, LeftOut
 from chip_deploy.export.profile import LayerComparison, LayerTime
 from chip_deploy.export.protocol import LatencyProtocol
+from chip_deploy.export.sensitivity import Sensitivity
+from chip_deploy.export.target import LayerTypes
 from chip_deploy.export.watch import GpuState, MachineState, MachineWatch
-from chip_deploy.pipeline import charts, quantities, report, report_layers, report_page, wording
+from chip_deploy.pipeline import charts, quantities, report, report_layers, report_page, report_precision, wording
 from chip_deploy.pipeline.report import (
     Accuracy,
     Cost,
     EngineRow,
     GroupReport,
     NetworkCost,
+    PrecisionRow,
     Report,
     TrainCurve,
     read_report,
@@ -243,7 +248,7 @@ def layers(names: list[str]) -> LayerComparison:
 def paths(device_ms: float) -> PathTimes:
     """A network that needs a millisecond for its copies and another one on the host."""
     times = (quantiles(device_ms + n, p99=True) for n in range(3))
-    return PathTimes(**dict(zip(PathTimes.model_fields, times, strict=True)))
+    return PathTimes(**dict(zip(PathTimes.model_fields, times, strict=False)))
 
 
 def batch(images: int, speedup: float, *, verdict: str, reason: str) -> BatchRow:
@@ -254,6 +259,82 @@ def batch(images: int, speedup: float, *, verdict: str, reason: str) -> BatchRow
         speedup=Speedup(estimate=speedup, low=speedup - 0.03, high=speedup + 0.03),
         verdict=verdict,  # pyright: ignore[reportArgumentType]
         reason=reason,
+    )
+
+
+@functools.cache
+def precise_report() -> Report:
+    """The digits report in three precisions: int8 is fastest on the CPU, and was kept within a bound."""
+    base = digits_report()
+    fp32 = base.engines[0]
+    engines = [
+        fp32,
+        in_precision("fp16", pruned_ms=2.9, dense_ms=4.4, accuracy=352 / 360, speedup=1.517),
+        in_precision("int8", pruned_ms=1.7, dense_ms=2.4, accuracy=349 / 360, speedup=1.412),
+        UNMEASURED,
+        UNMEASURED.model_copy(update={"precision": "int8", "file": "engines/trt-rtx-sm86-sm89.int8.engine"}),
+    ]
+    return base.model_copy(update={"engines": engines, "precisions": [fp16_row(), int8_row()]})
+
+
+def in_precision(precision: str, *, pruned_ms: float, dense_ms: float, accuracy: float, speedup: float) -> EngineRow:
+    types = LayerTypes(
+        source="graph",
+        layers={precision: 20},
+        multiplying={precision: 9},
+        other_type=[],
+        unfused=[],
+        reformats=None,
+        sentence=f"All 9 multiplying layers run in {precision}.",
+    )
+    found = {
+        "precision": precision,
+        "file": f"engines/ort-cpu.{precision}.engine",
+        "latency_ms": quantiles(pruned_ms, p99=True),
+        "dense_latency_ms": quantiles(dense_ms, p99=True),
+        "speedup": Speedup(estimate=speedup, low=speedup - 0.02, high=speedup + 0.02, level=0.95),
+        "accuracy": accuracy,
+        "layer_types": types,
+    }
+    return digits_report().engines[0].model_copy(update=found)
+
+
+def fp16_row() -> PrecisionRow:
+    kept = [Kept(layer="head.pool", operator="GlobalAveragePool", reason="it adds up 1024 numbers")]
+    return PrecisionRow(
+        precision="fp16",
+        onnx_bytes=10_821_119,
+        dense_onnx_bytes=22_365_601,
+        accuracy=352 / 360,
+        agreement=Agreement(n=360, largest_relative_difference=6e-4, snr_db=66.1, top1_agreement=1.0),
+        conversion=Conversion(precision="fp16", opset=18, bytes=10_821_119, images=512, kept=kept),
+        emulated=True,
+    )
+
+
+def int8_row() -> PrecisionRow:
+    names = [f"layer{n}.0.conv1" for n in range(1, 15)]
+    reason = "left out with the others, so that the file loses at most 0.5 points of top-1 on the evaluation images"
+    return PrecisionRow(
+        precision="int8",
+        onnx_bytes=21_732_419,
+        dense_onnx_bytes=44_821_301,
+        accuracy=351 / 360,
+        agreement=Agreement(n=360, largest_relative_difference=0.11, snr_db=24.4, top1_agreement=0.99),
+        conversion=Conversion(
+            precision="int8",
+            opset=18,
+            bytes=21_732_419,
+            images=512,
+            calibration="entropy",
+            layers=14,
+            left_out=[LeftOut(layer=names[0], operator="Conv", reason=reason)],
+        ),
+        left_out_by_bound=1,
+        sensitivities=[
+            Sensitivity(layer=name, operator="Conv", snr_db=20.0 + 2 * n if n < 13 else None)
+            for n, name in enumerate(names)
+        ],
     )
 
 
@@ -297,7 +378,21 @@ def hostile_measured_report() -> Report:
     layered = engine.layers.model_copy(update={"rows": [row], "profiled_on": HOSTILE, "sentences": [HOSTILE]})
     found = {"reason": HOSTILE, "target": HOSTILE, "precision": HOSTILE, "watch": watch, "layers": layered}
     found["batches"] = [batch(images, 1.0, verdict="unstable", reason=HOSTILE) for images in (1, 8)]
-    return rich.model_copy(update={"engines": [engine.model_copy(update=found)]})
+    int8 = int8_row()
+    out, layer = int8.conversion.left_out[0], int8.sensitivities[0]
+    texts = {"layer": HOSTILE, "operator": HOSTILE}
+    done = {
+        "calibration": HOSTILE,
+        "kept": [Kept(**texts, reason=HOSTILE)],
+        "left_out": [out.model_copy(update={**texts, "reason": HOSTILE})],
+    }
+    row = {"conversion": int8.conversion.model_copy(update=done), "precision": HOSTILE}
+    row["sensitivities"] = [layer.model_copy(update=texts)]
+    found["layer_types"] = LayerTypes(
+        source="graph", layers={}, multiplying={}, other_type=[], unfused=[], reformats=None, sentence=HOSTILE
+    )
+    precisions = [int8.model_copy(update=row)]
+    return rich.model_copy(update={"engines": [engine.model_copy(update=found)], "precisions": precisions})
 
 
 def with_laps(folder: Path) -> Path:
@@ -376,7 +471,8 @@ def terminal(value: Report) -> str:
 
 
 REPORTS = pytest.mark.parametrize(
-    "make", [digits_report, rich_report, random_report, deep_report, hostile_report, hostile_measured_report]
+    "make",
+    [digits_report, rich_report, precise_report, random_report, deep_report, hostile_report, hostile_measured_report],
 )
 
 
@@ -431,9 +527,9 @@ def test_a_report_from_before_these_were_recorded_reads_as_one_without_them(tmp_
     write_report(digits_report(), tmp_path)
     path = tmp_path / "report.json"
     old = json.loads(path.read_text())
-    del old["digests"], old["command"]
+    del old["digests"], old["command"], old["precisions"]
     for engine in old["engines"]:
-        for name in ("batch", "control", "watch", "layers", "times", "batches"):
+        for name in ("batch", "control", "watch", "layers", "times", "batches", "layer_types"):
             del engine[name]
         for quantiles_of in filter(None, (engine["latency_ms"], engine["dense_latency_ms"])):
             del quantiles_of["throughput"], quantiles_of["early_stopping_p90"]
@@ -590,6 +686,98 @@ def test_a_percentile_that_the_laps_cannot_support_is_left_out(write: Any) -> No
     assert "Latency p99" in write(digits_report())
     assert "Latency p90" in write(random_report())
     assert "Latency p99" not in write(random_report())
+
+
+@pytest.mark.parametrize("write", [text_of, report_page.markdown_page])
+def test_precisions_are_ranked_by_latency_with_what_they_cost(write: Any) -> None:
+    text = " ".join(write(precise_report()).replace("\\", "").split())
+    ranked = text[text.index("ort-cpu, the fastest first") :]
+    assert ranked.index("int8") < ranked.index("fp32") < ranked.index("fp16")
+    assert "ort-cpu: by median latency int8 1.70 ms, fp32 2.55 ms, fp16 2.90 ms. int8 is fastest," in text
+    assert "2.45× faster than the dense fp32 network" in text  # 4.1687 / 1.7
+    assert "and top-1 −0.8 points to fp32." in text  # 349 against 352 of 360
+    assert "1.44×" in text  # fp16: 4.1687 / 2.9
+
+
+@pytest.mark.parametrize(("other_ms", "noise", "named"), [(1.74, 0.0, False), (1.76, 0.0, True), (1.80, 0.08, False)])
+def test_medians_closer_than_can_be_told_apart_name_no_winner(other_ms: float, noise: float, named: bool) -> None:
+    value = precise_report()
+    control = Control(speedup=Speedup(estimate=1.0, low=1 - noise, high=1 + noise), noise=noise)
+    engines = [
+        engine.model_copy(update={"latency_ms": quantiles(other_ms, p99=True), "control": control})
+        if engine.precision == "fp32" and engine.latency_ms
+        else engine
+        for engine in value.engines
+    ]
+    (sentence,) = report_precision.ranking_sentences(value.model_copy(update={"engines": engines}))
+    assert ("int8 is fastest" in sentence) == named
+    assert ("int8 and fp32 are too close to say which is fastest." in sentence) != named
+
+
+def test_the_terminal_says_which_precision_is_fastest_too() -> None:
+    assert "int8 is fastest, 2.45× faster than the dense fp32 network and top-1 -0.8 points to fp32." in " ".join(
+        terminal(precise_report()).split()
+    )
+
+
+def test_an_order_that_rests_on_an_unstable_measurement_is_called_chance() -> None:
+    value = precise_report()
+    engines = [value.engines[0].model_copy(update={"verdict": "unstable"}), *value.engines[1:]]
+    (sentence,) = report_precision.ranking_sentences(value.model_copy(update={"engines": engines}))
+    assert sentence.endswith("At least one of these measurements is unstable: the order may be chance.")
+
+
+def test_one_precision_alone_is_not_ranked() -> None:
+    assert report_precision.rankings(digits_report()) == []
+    assert "The network was written in FP32 alone." in text_of(digits_report())
+
+
+def test_without_an_engine_in_fp32_nothing_is_compared_with_one() -> None:
+    value = precise_report()
+    only = value.model_copy(update={"engines": value.engines[1:3]})
+    (ranking,) = report_precision.rankings(only)
+    assert [row.to_dense for row in ranking.rows] == ["", ""]
+    assert "dense fp32" not in ranking.sentence
+
+
+@pytest.mark.parametrize("write", [text_of, report_page.markdown_page])
+def test_what_was_quantised_and_what_was_left_out_is_told(write: Any) -> None:
+    text = " ".join(write(precise_report()).split())
+    for said in (
+        "13 of 14 layers are quantised, with ranges by entropy from 512 training images;",
+        "what is not quantised is in fp32.",
+        "Top-1 of the ONNX file is 97.5 %, −0.3 points to fp32.",
+        "left out with the others, so that the file loses at most 0.5 points of top-1 on the evaluation images",
+        "To keep the bound on top-1, 1 layer was left out. How many was chosen on the evaluation images:",
+        "in float32, each tensor rounded to fp16, as onnxruntime's CPU has no fp16 convolutions: SNR 66.1 dB",
+        "Looked for overflow on 512 images: none.",
+        "1 node stays in fp32, in head.pool.",
+        "it adds up 1024 numbers",
+        "All 9 multiplying layers run in int8.",
+    ):
+        assert said in text, said
+
+
+@pytest.mark.parametrize("write", [text_of, report_page.markdown_page])
+def test_the_layer_that_costs_most_comes_first_with_its_error(write: Any) -> None:
+    text = write(precise_report())
+    order = [text.index(f"{db:.1f} dB") for db in (20.0, 22.0, 44.0)]
+    assert order == sorted(order)
+    assert "10 %" in text  # 20 dB: a tenth of the outputs
+    assert "no change" in text
+
+
+def test_of_many_layers_the_most_sensitive_are_shown_and_the_others_on_request() -> None:
+    (_, view) = report_precision.precision_views(precise_report())
+    assert (len(view.first), len(view.rest)) == (12, 2)
+    assert (view.first[0].quantised, view.first[1].quantised) == ("left out", "yes")
+    assert (view.first[0].bar, view.rest[-1].bar) == (100.0, 0.0)
+
+
+def test_an_engine_that_was_not_measured_is_ranked_last_with_the_accuracy_of_its_file() -> None:
+    ranking = report_precision.rankings(precise_report())[1]
+    assert [row.median for row in ranking.rows] == ["not measured", "not measured"]
+    assert [row.accuracy for row in ranking.rows] == ["97.8 % (ONNX file)", "97.5 % (ONNX file)"]
 
 
 def card_of(value: Report) -> str:

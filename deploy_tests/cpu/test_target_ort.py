@@ -9,13 +9,17 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from onnxruntime.transformers import float16
 from torch import nn
 
-from chip_deploy.export import target_ort
+from chip_deploy.export import ort_session, target_ort
 from chip_deploy.export.errors import BuildFailed, MachineMismatch, MeasureFailed
+from chip_deploy.export.layers import LayerMap
 from chip_deploy.export.onnx_export import export_onnx
+from chip_deploy.export.onnx_graph import OnnxGraph, OnnxNode
+from chip_deploy.export.ort_session import OrtSession, foreign_errors
 from chip_deploy.export.target import Engine, cpu_isa, engine_path, parse_target, width_step
-from chip_deploy.export.target_ort import OrtCpuTarget, OrtSession, foreign_errors
+from chip_deploy.export.target_ort import OrtCpuTarget
 
 SPEC = parse_target("ort-cpu")
 
@@ -107,6 +111,48 @@ def test_the_sidecar_names_cpu_version_and_threads(onnx_path: Path, tmp_path: Pa
     assert engine.flags["threads"] == 2
 
 
+def test_float32_runs_in_float32(built: tuple[Path, Engine]) -> None:
+    types = built[1].layer_types
+    assert types is not None
+    assert (types.source, types.multiplying, types.other_type, types.unfused) == ("engine", {"fp32": 3}, [], [])
+
+
+@pytest.mark.skipif("avx" not in cpu_isa(), reason="onnxruntime lays channels out in blocks where there is AVX")
+def test_the_way_back_from_the_blocked_layout_is_a_layer_that_only_reformats(built: tuple[Path, Engine]) -> None:
+    nodes = [node.op_type for node in onnx.load(built[0]).graph.node]
+    assert built[1].layer_types is not None
+    assert built[1].layer_types.reformats == nodes.count("ReorderOutput") + nodes.count("ReorderInput") > 0
+
+
+def test_float16_on_a_cpu_is_told_to_run_in_float32(onnx_path: Path, tmp_path: Path) -> None:
+    half = float16.convert_float_to_float16(onnx.load(onnx_path), keep_io_types=True)
+    onnx.save(half, tmp_path / "model.fp16.onnx")
+    path = engine_path(tmp_path, SPEC, "fp16")
+    engine = OrtCpuTarget(SPEC).build(tmp_path / "model.fp16.onnx", path, precision="fp16")
+    assert onnx.TensorProto.FLOAT16 not in {tensor.data_type for tensor in onnx.load(path).graph.initializer}
+    assert engine.layer_types is not None
+    assert engine.layer_types.multiplying == {"fp32": 3}
+    assert engine.layer_types.other_type == ["0", "3", "7"]
+    assert engine.layer_types.sentence.startswith("Asked for fp16, but all 3 multiplying layers run in fp32.")
+
+
+def test_quantised_layers_are_told_apart_from_those_that_stayed_in_float() -> None:
+    nodes = [
+        OnnxNode("a_quant", "QuantizeLinear", ("input", "s", "z"), ("a",), ()),
+        OnnxNode("conv1", "QLinearConv", ("a", "s", "z", "w1", "s", "z", "s", "z"), ("b",), ()),
+        OnnxNode("b_dequant", "DequantizeLinear", ("b", "s", "z"), ("c",), ()),
+        OnnxNode("conv2", "FusedConv", ("c", "w2"), ("d",), ()),
+        OnnxNode("order", "ReorderOutput", ("d",), ("e",), ()),
+        OnnxNode("fc", "Gemm", ("e", "w3"), ("output",), ()),
+    ]
+    types = {"input": "fp32", "a": "int8", "b": "int8", "c": "fp32", "d": "fp32", "e": "fp32"}
+    known = LayerMap(OnnxGraph())
+    found = target_ort.optimised_types(OnnxGraph(nodes=nodes, types=types), known, "int8")
+    assert found.multiplying == {"fp32": 2, "int8": 1}
+    assert (found.other_type, found.unfused, found.reformats) == (["conv2", "fc"], ["a_quant", "b_dequant"], 1)
+    assert found.sentence.startswith("Asked for int8, but of 3 multiplying layers 2 run in fp32: conv2, fc.")
+
+
 def test_an_engine_for_another_instruction_set_is_refused_with_both_named(built: tuple[Path, Engine]) -> None:
     other = built[1].model_copy(update={"built_for": {**built[1].built_for, "isa": "avx avx1024"}})
     reason = OrtCpuTarget(SPEC).cannot_run(other)
@@ -192,8 +238,8 @@ def test_a_profiled_lap_is_what_onnxruntime_itself_wrote_down(
     session: OrtSession, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     written: list[list[dict]] = []
-    read = target_ort.json.loads
-    monkeypatch.setattr(target_ort.json, "loads", lambda text: written.append(read(text)) or written[-1])
+    read = ort_session.json.loads
+    monkeypatch.setattr(ort_session.json, "loads", lambda text: written.append(read(text)) or written[-1])
     profiled = session.profiled()
     profiled.bind({"input": image()})
     for _ in range(3):
@@ -214,7 +260,7 @@ def test_the_measured_session_is_not_profiled(session: OrtSession) -> None:
 @pytest.mark.parametrize("ending", ["closed", "read", "closed unused"])
 def test_a_profile_leaves_no_file_behind(session: OrtSession, tmp_path: Path, ending: str) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(target_ort.tempfile, "tempdir", str(tmp_path))
+        patch.setattr(ort_session.tempfile, "tempdir", str(tmp_path))
         profiled = session.profiled()
         assert list(tmp_path.iterdir()) != []
         if ending != "closed unused":
@@ -228,7 +274,7 @@ def test_a_profile_leaves_no_file_behind(session: OrtSession, tmp_path: Path, en
 
 def test_a_profile_that_cannot_be_read_is_one_sentence(session: OrtSession, tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(target_ort.tempfile, "tempdir", str(tmp_path))
+        patch.setattr(ort_session.tempfile, "tempdir", str(tmp_path))
         profiled = session.profiled()
     profiled.run({"input": image()})
     path = Path(profiled._open_session().end_profiling())

@@ -1,15 +1,13 @@
-"""TensorRT without a GPU: real ahead-of-time builds, and execution against a stand-in for the absent device."""
+"""TensorRT without a GPU: real ahead-of-time builds with every option, and which machine an engine belongs to."""
 
-import ast
-import ctypes
+import contextlib
+import hashlib
 import importlib
 import importlib.util
-import inspect
-import json
+import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,10 +20,23 @@ from torch import nn
 from torchvision import models
 
 from chip_deploy.export import target_trt
-from chip_deploy.export.errors import BuildFailed, MeasureFailed, TargetUnavailable
+from chip_deploy.export.errors import BuildFailed, IntegrityError, ParityFailed, TargetUnavailable
 from chip_deploy.export.onnx_export import export_onnx
-from chip_deploy.export.target import Engine, engine_path, parse_target
-from chip_deploy.export.target_trt import DYNAMIC_BATCH, Gpu, TensorRTTarget, TrtSession, find_gpu, load_cudart
+from chip_deploy.export.shapes import DYNAMIC_BATCH
+from chip_deploy.export.target import (
+    CAPABILITIES,
+    PRECISIONS,
+    BuildOptions,
+    Engine,
+    built_with,
+    engine_path,
+    parse_target,
+    sidecar_path,
+)
+from chip_deploy.export.target_trt import DEMOTED, Gpu, TensorRTTarget, find_gpu
+from chip_deploy.export.trt_build import HOST_CODE, NEWEST_OPSET, build_plan
+from chip_deploy.export.trt_caches import FOLDER_VARIABLE, CacheFile
+from chip_deploy.export.trt_session import TrtSession
 
 NO_RTX = importlib.util.find_spec("tensorrt_rtx") is None
 needs_rtx = pytest.mark.skipif(NO_RTX, reason="tensorrt-rtx is not installed (it has wheels for x86-64 only)")
@@ -51,9 +62,19 @@ def onnx_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def build(text: str, onnx_path: Path, bundle: Path) -> Engine:
+@pytest.fixture(scope="module")
+def free_onnx_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 24, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    path = tmp_path_factory.mktemp("free") / "model.onnx"
+    export_onnx(net, torch.zeros(2, 3, 32, 32), path, dynamic_batch=True)
+    return path
+
+
+def build(text: str, onnx_path: Path, bundle: Path, **options: Any) -> Engine:
     spec = parse_target(text)
-    return TensorRTTarget(spec).build(onnx_path, engine_path(bundle, spec, "fp32"))
+    target = TensorRTTarget(spec, options=BuildOptions(**options))
+    return target.build(onnx_path, engine_path(bundle, spec, "fp32"))
 
 
 def engine_of(text: str, **changes: Any) -> Engine:
@@ -103,23 +124,146 @@ def test_resnet18_builds_ahead_of_time(tmp_path: Path) -> None:
 @needs_rtx
 def test_a_strongly_typed_fp32_engine_says_that_it_multiplies_in_tf32(onnx_path: Path, tmp_path: Path) -> None:
     engine = build("trt-rtx:sm89", onnx_path, tmp_path)
-    assert engine.flags == {"strongly_typed": True, "tf32": True, "profile": {}, "warnings": []}
+    assert engine.flags == {"strongly_typed": True, "tf32": True, "profiles": [], "warnings": []}
     assert (engine.precision, engine.arithmetic) == ("fp32", "tf32")
 
 
 @needs_rtx
-def test_a_free_batch_gets_a_profile_that_the_sidecar_names(tmp_path: Path) -> None:
-    net = nn.Sequential(nn.Conv2d(3, 24, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    export_onnx(net, torch.zeros(2, 3, 32, 32), tmp_path / "model.onnx", dynamic_batch=True)
-    engine = build("trt-rtx:sm89", tmp_path / "model.onnx", tmp_path)
-    assert engine.flags["profile"] == {"input": [[batch, 3, 32, 32] for batch in DYNAMIC_BATCH]}
+def test_a_free_batch_gets_a_profile_that_the_sidecar_names(free_onnx_path: Path, tmp_path: Path) -> None:
+    engine = build("trt-rtx:sm89", free_onnx_path, tmp_path)
+    assert engine.flags["profiles"] == [{"input": [[batch, 3, 32, 32] for batch in DYNAMIC_BATCH]}]
 
 
 @needs_rtx
-def test_a_free_axis_that_is_no_batch_is_refused(tmp_path: Path) -> None:
-    write_onnx(tmp_path / "model.onnx", [onnx.helper.make_node("Relu", ["input"], ["output"])], shape=[1, 3, "height"])
-    with pytest.raises(BuildFailed, match=r"input 'input': shape \(1, 3, -1\); only the batch may be free"):
+def test_each_shape_that_was_asked_for_is_a_profile_of_its_own(free_onnx_path: Path, tmp_path: Path) -> None:
+    shapes = ("input:1x3x32x32", "input:2x3x32x32/8x3x32x32/16x3x32x32")
+    engine = build("trt-rtx:sm89", free_onnx_path, tmp_path, shapes=shapes)
+    assert engine.flags["profiles"] == [
+        {"input": [[1, 3, 32, 32]] * 3},
+        {"input": [[2, 3, 32, 32], [8, 3, 32, 32], [16, 3, 32, 32]]},
+    ]
+    one = build("trt-rtx:sm89", free_onnx_path, tmp_path, shapes=shapes[:1])
+    assert engine.bytes > 1.5 * one.bytes
+
+
+@needs_rtx
+def test_a_shape_that_the_network_does_not_take_is_refused_before_anything_is_built(
+    onnx_path: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=r"axis 0 of \(1, 3, 32, 32\) is fixed\. Export it with --set export\.dyn"):
+        build("trt-rtx:sm89", onnx_path, tmp_path, shapes=("input:4x3x32x32",))
+    assert list(tmp_path.iterdir()) == []
+
+
+@needs_rtx
+def test_a_free_axis_that_is_no_batch_needs_a_shape(tmp_path: Path) -> None:
+    nodes = [onnx.helper.make_node("Relu", ["input"], ["output"])]
+    write_onnx(tmp_path / "model.onnx", nodes, shape=[1, 3, "height"])
+    with pytest.raises(
+        ValueError, match=r"input 'input': shape \(1, 3, any\); only a free batch has shapes by default"
+    ):
         build("trt-rtx:sm89", tmp_path / "model.onnx", tmp_path)
+    engine = build("trt-rtx:sm89", tmp_path / "model.onnx", tmp_path, shapes=("input:1x3x4/1x3x8/1x3x16",))
+    assert engine.flags["profiles"] == [{"input": [[1, 3, 4], [1, 3, 8], [1, 3, 16]]}]
+
+
+def sandwiched(path: Path, neighbours: str, *, kernel: int) -> np.ndarray:
+    """The weights of a convolution that stays in fp32 between two others, too large for fp16."""
+    draws = np.random.default_rng(0)
+    single, other = onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16 if neighbours == "fp16" else onnx.TensorProto.FLOAT
+    weights, nodes = [], []
+
+    def convolution(read: str, written: str, size: int, kind: str, scale: float) -> None:
+        values = (scale * draws.standard_normal((64, 64, size, size))).astype(kind)
+        weights.append(onnx.numpy_helper.from_array(values, f"{written}.weight"))
+        inputs, pads = [read, f"{written}.weight"], [size // 2] * 4
+        nodes.append(onnx.helper.make_node("Conv", inputs, [written], name=written, pads=pads))
+
+    def cast(read: str, written: str, kind: int) -> None:
+        nodes.append(onnx.helper.make_node("Cast", [read], [written], to=kind))
+
+    near = "f2" if neighbours == "fp16" else "f4"
+    cast("input", "low", other)
+    convolution("low", "first", 3, near, 0.05)
+    cast("first", "high", single)
+    convolution("high", "kept", kernel, "f4", 1e6)
+    cast("kept", "lowered", other)
+    convolution("lowered", "last", 3, near, 0.05)
+    cast("last", "output", single)
+    values = [onnx.helper.make_tensor_value_info(name, single, [1, 64, 16, 16]) for name in ("input", "output")]
+    graph = onnx.helper.make_graph(nodes, "g", values[:1], values[1:], weights)
+    onnx.save(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=10), path)
+    return onnx.numpy_helper.to_array(weights[1])
+
+
+@needs_rtx
+@pytest.mark.parametrize("kernel", [1, 3])
+@pytest.mark.parametrize(("neighbours", "stored"), [("fp32", "f4"), ("fp16", "f2")])
+def test_fp32_between_fp16_is_fp16_in_the_plan_of_tensorrt_rtx_and_the_sentence_warns_of_it(
+    kernel: int, neighbours: str, stored: str, tmp_path: Path
+) -> None:
+    weights = sandwiched(tmp_path / "model.onnx", neighbours, kernel=kernel)
+    target = TensorRTTarget(parse_target("trt-rtx:sm89"))
+    path = engine_path(tmp_path, target.spec, "fp16")
+    engine = target.build(tmp_path / "model.onnx", path, precision="fp16")
+    rows, plan = weights.transpose(0, 2, 3, 1), path.read_bytes()  # the order in which its convolutions keep them
+    with np.errstate(over="ignore"):
+        found = [kind for kind in ("f4", "f2") if np.ascontiguousarray(rows).astype(kind).tobytes() in plan]
+    assert found == [stored]
+    assert engine.layer_types is not None
+    assert engine.layer_types.sentence.endswith(DEMOTED) is (neighbours == "fp16")
+
+
+@needs_rtx
+def test_options_reach_the_builder_and_the_sidecar(onnx_path: Path, tmp_path: Path) -> None:
+    engine = build("trt-rtx:sm89", onnx_path, tmp_path, tf32=False, optimization_level=1, workspace_mib=512)
+    assert engine.flags == {
+        "strongly_typed": True,
+        "tf32": False,
+        "profiles": [],
+        "warnings": [],
+        "options": {"tf32": False, "optimization_level": 1, "workspace_mib": 512},
+    }
+    assert built_with(engine) == BuildOptions(tf32=False, optimization_level=1, workspace_mib=512)
+    assert engine.arithmetic == "fp32"
+
+
+@needs_rtx
+def test_a_workspace_that_is_too_small_is_told_with_the_option(onnx_path: Path, tmp_path: Path) -> None:
+    with pytest.raises(BuildFailed, match=r"built no engine \(with workspace_mib=1\): .*within workspace limit"):
+        build("trt-rtx:sm89", onnx_path, tmp_path, workspace_mib=1)
+
+
+@needs_rtx
+def test_an_engine_for_later_versions_needs_a_library_that_this_package_does_not_have(
+    onnx_path: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(BuildFailed, match=r"\(with version_compatible=true\): .*libnvinfer_lean"):
+        build("trt-rtx:sm89", onnx_path, tmp_path, version_compatible=True)
+
+
+def test_options_that_the_target_cannot_take_are_refused_before_any_work() -> None:
+    spec = parse_target("trt-rtx:sm89")
+    with pytest.raises(ValueError, match=r"build\.hardware_compatibility is standard TensorRT's\. Name the GPUs"):
+        TensorRTTarget(spec, options=BuildOptions(hardware_compatibility="ampere-plus"))
+    with pytest.raises(ValueError, match=r"same bytes every time, so there is nothing to choose from"):
+        TensorRTTarget(spec, options=BuildOptions(builds=3))
+    with pytest.raises(ValueError, match=r"shapes 'input': NAME:SHAPE or NAME:MIN/OPT/MAX expected"):
+        TensorRTTarget(parse_target("trt"), options=BuildOptions(shapes=("input",)))
+
+
+@needs_rtx
+def test_without_a_gpu_the_onnx_file_tells_the_types_of_the_layers(onnx_path: Path, tmp_path: Path) -> None:
+    types = build("trt-rtx:sm89", onnx_path, tmp_path).layer_types
+    assert types is not None
+    assert (types.source, types.multiplying, types.reformats) == ("graph", {"fp32": 3}, None)
+    assert types.sentence == (
+        "All 3 multiplying layers run in fp32 (by the ONNX file). "
+        "TF32 is allowed, so what is in fp32 may be multiplied in TF32."
+    )
+    kept = build("trt-rtx:sm89", onnx_path, tmp_path, tf32=False).layer_types
+    assert kept is not None
+    assert kept.sentence == "All 3 multiplying layers run in fp32 (by the ONNX file)."
 
 
 @needs_rtx
@@ -130,9 +274,71 @@ def test_every_node_that_the_parser_does_not_know_is_named(tmp_path: Path) -> No
     ]
     write_onnx(tmp_path / "model.onnx", nodes)
     with pytest.raises(
-        BuildFailed, match=r"tensorrt_rtx .* cannot read it: node 'strange' \(Foo\): .*'stranger' \(Bar"
+        BuildFailed, match=r"tensorrt_rtx .* cannot read it: node 'strange' \(Foo\): .*; node 'stranger' \(Bar\): "
     ):
         build("trt-rtx:sm89", tmp_path / "model.onnx", tmp_path)
+
+
+@needs_rtx
+def test_a_node_that_the_parser_refuses_goes_by_its_torch_layer_too(onnx_path: Path, tmp_path: Path) -> None:
+    model = onnx.load(onnx_path)
+    (first, *_) = [node for node in model.graph.node if node.op_type == "Conv"]
+    first.op_type = "Convolve"
+    onnx.save(model, tmp_path / "model.onnx")
+    with pytest.raises(BuildFailed, match=rf"node '{first.name}' \(Convolve, layer 1\): "):
+        build("trt-rtx:sm89", tmp_path / "model.onnx", tmp_path)
+
+
+@needs_rtx
+@pytest.mark.parametrize(
+    ("damage", "sentence"),
+    [
+        (lambda data: b"this is no network", r"it is no whole ONNX file \(.+\)\. Export it again\."),
+        (lambda data: b"", r"it is no whole ONNX file \(it holds no graph\)"),
+        (lambda data: data[: len(data) // 2], r"it is no whole ONNX file \(it ends in the middle\)"),
+        (lambda data: data[:-3], r"it is no whole ONNX file \(it ends in the middle\)"),
+    ],
+    ids=["text", "nothing", "half", "three bytes short"],
+)
+def test_a_file_that_is_no_whole_onnx_file_is_one_sentence(
+    onnx_path: Path, tmp_path: Path, damage: Any, sentence: str
+) -> None:
+    (tmp_path / "model.onnx").write_bytes(damage(onnx_path.read_bytes()))
+    with pytest.raises(BuildFailed, match=rf"model\.onnx: tensorrt_rtx \S+ cannot read it: {sentence}"):
+        build("trt-rtx:sm89", tmp_path / "model.onnx", tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
+
+
+@needs_rtx
+def test_a_folder_with_brackets_in_its_name_takes_no_part_in_the_reason(tmp_path: Path) -> None:
+    folder = tmp_path / "nets (old)"
+    folder.mkdir()
+    (folder / "model.onnx").write_bytes(b"")
+    with pytest.raises(BuildFailed, match=r"no whole ONNX file \(it holds no graph\)\. Export it again\.$"):
+        build("trt-rtx:sm89", folder / "model.onnx", tmp_path)
+
+
+def test_of_several_builds_of_the_dense_network_one_that_disagrees_is_dropped_by_the_path_of_its_file(
+    onnx_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def disagree(*_openers: Any, arithmetic: str) -> int:
+        raise ParityFailed(f"2 builds of one file disagree by more than {arithmetic} explains.")
+
+    monkeypatch.setattr(target_trt, "find_gpu", lambda: GPUS["3090"])
+    monkeypatch.setattr(target_trt, "fastest", disagree)
+    target = TensorRTTarget(parse_target("trt"), options=BuildOptions(builds=2))
+    monkeypatch.setattr(target, "_plan_opener", lambda path: lambda: None)
+    with pytest.raises(ParityFailed, match=r"model\.onnx: 2 builds of one file disagree by more than tf32 explains"):
+        target._onnx_opener(onnx_path)
+
+
+@needs_rtx
+def test_an_opset_that_there_is_not_yet_is_refused_though_the_parser_takes_it(tmp_path: Path) -> None:
+    nodes = [onnx.helper.make_node("Relu", ["input"], ["output"])]
+    write_onnx(tmp_path / "model.onnx", nodes, opset=NEWEST_OPSET + 1)
+    with pytest.raises(BuildFailed, match=rf"written in opset {NEWEST_OPSET + 1}, and {NEWEST_OPSET} is the newest"):
+        build("trt-rtx:sm89", tmp_path / "model.onnx", tmp_path)
+    assert onnx.defs.onnx_opset_version() >= NEWEST_OPSET
 
 
 @needs_rtx
@@ -179,21 +385,117 @@ def test_standard_tensorrt_without_a_gpu_answers_at_once_with_the_two_ways_out()
     assert "tensorrt" not in sys.modules
 
 
+GPUS = {
+    "3090": Gpu("GeForce RTX 3090", "sm86"),
+    "4090": Gpu("GeForce RTX 4090", "sm89"),
+    "5090": Gpu("GeForce RTX 5090", "sm120"),
+    "H200": Gpu("H200", "sm90"),
+    "Orin": Gpu("Orin", "sm87"),
+    "T4": Gpu("T4", "sm75"),
+}
+TRT_ORIN = "built for SM 8.7 (Orin) with TensorRT 1.0; this machine has"
+RTX_SM86 = "built for SM 8.6 with TensorRT-RTX 1.0; this machine has SM"
+
+
 @pytest.mark.parametrize(
     ("target", "gpu", "reason"),
     [
-        ("trt-rtx:sm86", Gpu("GeForce RTX 3090", "sm86"), None),
-        ("trt-rtx:sm86", Gpu("GeForce RTX 4090", "sm89"), "it was built for sm86, and this GPU is sm89"),
-        ("trt-rtx", Gpu("GeForce RTX 4090", "sm89"), None),
-        ("trt-rtx", Gpu("GeForce RTX 5090", "sm120"), None),
-        ("trt-rtx", Gpu("H100", "sm90"), "it was built for sm86, and this GPU is sm90"),
-        ("trt-rtx", Gpu("T4", "sm75"), "it was built for sm86, and this GPU is sm75"),
-        ("trt", Gpu("Orin", "sm87"), None),
-        ("trt", Gpu("H200", "sm90"), "it was built for Orin, and this GPU is H200"),
+        ("trt-rtx:sm86", "3090", None),
+        (
+            "trt-rtx:sm86",
+            "4090",
+            f"{RTX_SM86} 8.9 (GeForce RTX 4090): rebuild with `chip-deploy build DIR --target trt-rtx:sm89`",
+        ),
+        ("trt-rtx:sm86", "H200", f"{RTX_SM86} 9.0 (H200): rebuild with `chip-deploy build DIR --target trt`"),
+        ("trt", "Orin", None),
+        (
+            "trt",
+            "H200",
+            f"{TRT_ORIN} SM 9.0 (H200): rebuild with `chip-deploy build DIR --target trt`",
+        ),
     ],
 )
-def test_an_engine_fits_the_gpus_it_was_built_for(target: str, gpu: Gpu, reason: str | None) -> None:
-    assert TensorRTTarget(parse_target(target))._other_gpu(engine_of(target), gpu) == reason
+def test_an_engine_of_another_gpu_is_refused_with_what_to_do(target: str, gpu: str, reason: str | None) -> None:
+    assert TensorRTTarget(parse_target(target))._other_machine(engine_of(target), GPUS[gpu], "1.0") == reason
+
+
+@pytest.mark.parametrize(("gpu", "fits"), [("4090", True), ("5090", True), ("H200", False), ("T4", False)])
+def test_an_engine_for_no_gpu_in_particular_fits_those_that_nvidia_names(gpu: str, fits: bool) -> None:
+    target = TensorRTTarget(parse_target("trt-rtx"))
+    assert target._fits(target._built_for(), GPUS[gpu]) is fits
+
+
+@pytest.mark.parametrize(
+    ("level", "fits"),
+    [
+        ("none", ["3090"]),
+        ("same-compute-capability", ["3090"]),
+        ("ampere-plus", ["3090", "4090", "5090", "H200", "Orin"]),
+    ],
+)
+def test_an_engine_is_for_the_gpus_that_its_compatibility_names(
+    level: Any, fits: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(target_trt, "find_gpu", lambda: GPUS["3090"])
+    target = TensorRTTarget(parse_target("trt"), options=BuildOptions(hardware_compatibility=level))
+    built_for = target._built_for()
+    assert [name for name, gpu in GPUS.items() if target._fits(built_for, gpu)] == fits
+    another_card = Gpu("RTX A6000", "sm86")
+    assert target._fits(built_for, another_card) is (level != "none")
+
+
+@pytest.mark.parametrize(
+    ("target", "precision", "reason"),
+    [
+        ("trt-rtx:sm75", "fp16", None),
+        ("trt-rtx:sm75", "int8", None),
+        ("trt-rtx:sm80", "bf16", None),
+        ("trt-rtx:sm75,sm86", "bf16", "bf16 needs compute capability 8.0 or later, and the target is for 7.5 too. "),
+        ("trt-rtx:sm89,sm120", "fp8", None),
+        ("trt-rtx", "fp8", "fp8 needs compute capability 8.9 or later, and the target is for 8.0, 8.6 too. "),
+    ],
+)
+def test_a_precision_that_a_gpu_has_no_arithmetic_for_is_refused_before_any_work(
+    target: str, precision: str, reason: str | None
+) -> None:
+    found = TensorRTTarget(parse_target(target)).refuses(precision)
+    assert found == (reason and f"{reason}Name others, or leave {precision} out.")
+
+
+def test_the_gpu_at_hand_decides_what_standard_tensorrt_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    target = TensorRTTarget(parse_target("trt"))
+    for gpu, refused in (("T4", {"bf16", "fp8"}), ("Orin", {"fp8"}), ("H200", set())):
+        monkeypatch.setattr(target_trt, "find_gpu", lambda gpu=gpu: GPUS[gpu])
+        assert {name for name in PRECISIONS if target.refuses(name)} == refused
+
+
+@needs_rtx
+@pytest.mark.parametrize("capability", [name for name in CAPABILITIES["trt-rtx"] if name != "sm75"])
+def test_tensorrt_rtx_builds_for_every_capability_that_can_be_named(
+    capability: str, onnx_path: Path, tmp_path: Path
+) -> None:
+    assert build(f"trt-rtx:{capability}", onnx_path, tmp_path).built_for == {"capabilities": capability}
+
+
+@pytest.mark.parametrize(
+    ("built", "here", "compatible", "fits"),
+    [
+        ("11.4.0.106", "11.4.0.106", False, True),
+        ("11.4.0.106", "11.4.0.107", False, False),
+        ("10.16.1.11", "11.4.0.106", True, True),
+        ("10.9.0.34", "10.16.1.11", True, True),
+        ("11.4.0.106", "10.16.1.11", True, False),
+    ],
+)
+def test_an_engine_fits_its_own_version_and_later_ones_only_where_that_was_asked(
+    built: str, here: str, compatible: bool, fits: bool
+) -> None:
+    options = {"version_compatible": True} if compatible else {}
+    engine = engine_of("trt", versions={"tensorrt": built}, flags={"options": options})
+    reason = TensorRTTarget(parse_target("trt"))._other_machine(engine, GPUS["Orin"], here)
+    assert (reason is None) is fits
+    if reason:
+        assert reason.startswith(f"built for SM 8.7 (Orin) with TensorRT {built}; this machine has TensorRT {here}: ")
 
 
 @needs_rtx
@@ -201,8 +503,47 @@ def test_an_engine_of_another_version_is_refused_with_both_named(monkeypatch: py
     monkeypatch.setattr(target_trt, "find_gpu", lambda: Gpu("GeForce RTX 3090", "sm86"))
     target = TensorRTTarget(parse_target("trt-rtx:sm86"))
     here = importlib.import_module("tensorrt_rtx").__version__
-    assert target.cannot_run(engine_of("trt-rtx:sm86")) == f"it was built by tensorrt_rtx 1.0, and this one is {here}"
+    assert target.cannot_run(engine_of("trt-rtx:sm86")) == (
+        f"built for SM 8.6 with TensorRT-RTX 1.0; this machine has TensorRT-RTX {here}: "
+        "rebuild with `chip-deploy build DIR --target trt-rtx:sm86`"
+    )
     assert target.cannot_run(engine_of("trt-rtx:sm86", versions={"tensorrt_rtx": here})) is None
+
+
+@needs_rtx
+@needs_no_gpu
+def test_a_plan_that_changes_between_its_check_and_its_reading_is_not_opened(
+    onnx_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build("trt-rtx:sm86", onnx_path, tmp_path)
+    target = TensorRTTarget(parse_target("trt-rtx:sm86"))
+    path = engine_path(tmp_path, target.spec, "fp32")
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    with pytest.raises(IntegrityError, match=r"x?\.engine: changed while it was opened"):
+        target._open(path)
+
+
+def test_an_engine_without_weights_wants_the_very_file_that_has_them(tmp_path: Path) -> None:
+    path = tmp_path / "engines" / "trt.fp32.engine"
+    path.parent.mkdir()
+    path.write_bytes(b"plan")
+    weights = {"file": "model.onnx", "sha256": hashlib.sha256(b"weights").hexdigest()}
+    digest = hashlib.sha256(b"plan").hexdigest()
+    engine = engine_of("trt", sha256=digest, flags={"options": {"strip": True}, "weights": weights})
+    sidecar_path(path).write_text(engine.model_dump_json())
+    target = TensorRTTarget(parse_target("trt"))
+    for content in (None, b"other weights"):
+        if content:
+            (tmp_path / "model.onnx").write_bytes(content)
+        with pytest.raises(BuildFailed, match=r"holds no weights, and .*model\.onnx is not the file that has them"):
+            target._open(path)
+    (tmp_path / "model.onnx").write_bytes(b"weights")
+    assert target_trt._weights(path, engine) == tmp_path / "model.onnx"
+    elsewhere = tmp_path / "elsewhere.onnx"
+    for content, fits in ((b"other weights", False), (b"weights", True)):
+        elsewhere.write_bytes(content)
+        with contextlib.nullcontext() if fits else pytest.raises(BuildFailed, match=r"and .*elsewhere\.onnx is not"):
+            assert target_trt._weights(path, engine, elsewhere) == elsewhere
 
 
 def test_a_package_whose_libraries_do_not_load_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -212,297 +553,53 @@ def test_a_package_whose_libraries_do_not_load_is_one_sentence(tmp_path: Path, m
         target_trt._import("half_installed")
 
 
-def write_onnx(path: Path, nodes: list[onnx.NodeProto], shape: list[int | str] | None = None) -> None:
+def write_onnx(
+    path: Path, nodes: list[onnx.NodeProto], *, shape: list[int | str] | None = None, opset: int = 18
+) -> None:
     values = [
         onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape or [1, 3])
         for name in ("input", "output")
     ]
     graph = onnx.helper.make_graph(nodes, "graph", values[:1], values[1:])
-    opset = onnx.helper.make_opsetid("", 18)
-    onnx.save(onnx.helper.make_model(graph, opset_imports=[opset], ir_version=10), path)
+    imports = [onnx.helper.make_opsetid("", opset)]
+    onnx.save(onnx.helper.make_model(graph, opset_imports=imports, ir_version=10), path)
 
 
-# What the bindings have ---------------------------------------------------------------------------------------------
+# The builder of standard TensorRT, which needs a GPU: its configuration against a stand-in ---------------------------
 
 
-def names_used(source: str, kinds: dict[str, Any]) -> dict[str, set[str]]:
-    """For each expression in `kinds`, the attributes that `source` asks of it."""
-    used: dict[str, set[str]] = {expression: set() for expression in kinds}
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Attribute) and ast.unparse(node.value) in kinds:
-            used[ast.unparse(node.value)].add(node.attr)
-    return used
+class ConfigStandIn:
+    """A builder configuration that remembers what it was told, and takes timings of version 1 alone."""
 
+    def __init__(self) -> None:
+        self.flags = {"TF32"}
+        self.pools: dict[str, int] = {}
+        self.given: bytes | None = None
 
-def names_missing(source: str, kinds: dict[str, Any]) -> list[str]:
-    return [
-        f"{expression}.{name}"
-        for expression, names in names_used(source, kinds).items()
-        for name in sorted(names)
-        if not hasattr(kinds[expression], name)
-    ]
+    def set_flag(self, flag: str) -> None:
+        self.flags.add(flag)
 
+    def clear_flag(self, flag: str) -> None:
+        self.flags.discard(flag)
 
-def bindings(trt: Any) -> dict[str, Any]:
-    return {
-        "trt": trt,
-        "trt.ILogger.Severity": trt.ILogger.Severity,
-        "trt.TensorIOMode": trt.TensorIOMode,
-        "trt.BuilderFlag": trt.BuilderFlag,
-        "builder": trt.Builder,
-        "network": trt.INetworkDefinition,
-        "config": trt.IBuilderConfig,
-        "profile": trt.IOptimizationProfile,
-        "parser": trt.OnnxParser,
-        "error": trt.ParserError,
-        "tensor": trt.ITensor,
-        "self._runtime": trt.Runtime,
-        "self._engine": trt.ICudaEngine,
-        "self._context": trt.IExecutionContext,
-        "self._trt": trt,
-        "self._trt.LayerInformationFormat": trt.LayerInformationFormat,
-        "inspector": trt.EngineInspector,
-    }
+    def get_flag(self, flag: str) -> bool:
+        return flag in self.flags
 
+    def set_memory_pool_limit(self, pool: str, size: int) -> None:
+        self.pools[pool] = size
 
-@needs_rtx
-def test_every_name_that_is_used_exists_in_the_real_bindings() -> None:
-    kinds = bindings(importlib.import_module("tensorrt_rtx"))
-    source = inspect.getsource(target_trt)
-    assert all(names_used(source, kinds).values()), "an expression of the table no longer occurs in the source"
-    assert names_missing(source, kinds) == []
+    def create_timing_cache(self, data: bytes) -> SimpleNamespace | None:
+        return None if data == b"damaged" else SimpleNamespace(serialize=lambda: data + b"+timed", data=data)
 
-
-@needs_rtx
-def test_a_name_that_does_not_exist_would_be_found() -> None:
-    kinds = bindings(importlib.import_module("tensorrt_rtx"))
-    assert names_missing("self._context.execute_async_v4(stream)", kinds) == ["self._context.execute_async_v4"]
-
-
-@needs_rtx
-def test_every_cuda_call_exists_in_cuda_python() -> None:
-    cudart = load_cudart()
-    calls = [
-        node.args[0].value
-        for node in ast.walk(ast.parse(inspect.getsource(TrtSession).strip()))
-        if isinstance(node, ast.Call)
-        and ast.unparse(node.func) == "self._cuda"
-        and isinstance(node.args[0], ast.Constant)
-    ]
-    assert len(calls) >= 6
-    assert [name for name in calls if not hasattr(cudart, str(name))] == []
-    assert hasattr(cudart.cudaMemcpyKind, "cudaMemcpyHostToDevice")
-    assert hasattr(cudart.cudaMemcpyKind, "cudaMemcpyDeviceToHost")
-    assert hasattr(cudart, "cudaStreamNonBlocking")
-
-
-@needs_rtx
-@needs_no_gpu
-def test_an_error_of_the_real_cuda_runtime_is_one_sentence() -> None:
-    session = session_on_a_stand_in()
-    session._cudart = load_cudart()
-    with pytest.raises(MeasureFailed, match=r"x\.engine: cudaMalloc failed: .+\. Look at the driver") as caught:
-        session._cuda("cudaMalloc", 16)
-    assert "\n" not in str(caught.value)
-
-
-# Execution, on a stand-in for the device ----------------------------------------------------------------------------
-
-
-class DeviceStandIn:
-    """CUDA's runtime calls on host memory; copies and executions wait until their stream is synchronised."""
-
-    STREAM = 7
-    cudaStreamNonBlocking = 1
-    cudaError_t = SimpleNamespace(cudaSuccess=0)
-    cudaMemcpyKind = SimpleNamespace(cudaMemcpyHostToDevice=1, cudaMemcpyDeviceToHost=2)
-
-    # What work takes on this device, in ms.
-    COPY_MS = 0.25
-    EXECUTION_MS = 2.0
-
-    def __init__(self, *, memory: int = 1 << 20) -> None:
-        self.free = memory
-        self.now_ms = 0.0
-        self.pinned: dict[int, ctypes.Array[ctypes.c_char]] = {}
-        self.events: dict[int, float | None] = {}
-        self.held: dict[int, ctypes.Array[ctypes.c_char]] = {}
-        self.waiting: list[Callable[[], object]] = []
-        self.streams: set[int] = set()
-
-    def cudaGetErrorString(self, error: int) -> tuple[int, bytes]:
-        return 0, {2: b"out of memory"}[error]
-
-    def cudaMalloc(self, size: int) -> tuple[int, int | None]:
-        if size > self.free:
-            return 2, None
-        self.free -= size
-        block = ctypes.create_string_buffer(size)
-        self.held[ctypes.addressof(block)] = block
-        return 0, ctypes.addressof(block)
-
-    def cudaFree(self, address: int) -> tuple[int]:
-        self.free += len(self.held.pop(address))
-        return (0,)
-
-    def cudaStreamCreateWithFlags(self, flags: int) -> tuple[int, int]:
-        assert flags == self.cudaStreamNonBlocking
-        self.streams.add(self.STREAM + len(self.streams))
-        return 0, max(self.streams)
-
-    def cudaStreamDestroy(self, stream: int) -> tuple[int]:
-        self.streams.remove(stream)
-        return (0,)
-
-    def cudaMemcpyAsync(self, to: int, origin: int, size: int, kind: int, stream: int) -> tuple[int]:
-        device = to if kind == self.cudaMemcpyKind.cudaMemcpyHostToDevice else origin
-        assert size <= len(self.held[device]), "copy outside of device memory"
-        assert stream in self.streams
-        self.waiting.append(lambda: self._copy(to, origin, size))
-        return (0,)
-
-    def _copy(self, to: int, origin: int, size: int) -> None:
-        ctypes.memmove(to, origin, size)
-        self.now_ms += self.COPY_MS
-
-    def cudaMallocHost(self, size: int) -> tuple[int, int]:
-        block = ctypes.create_string_buffer(size)
-        self.pinned[ctypes.addressof(block)] = block
-        return 0, ctypes.addressof(block)
-
-    def cudaFreeHost(self, address: int) -> tuple[int]:
-        del self.pinned[address]
-        return (0,)
-
-    def cudaEventCreate(self) -> tuple[int, int]:
-        self.events[len(self.events)] = None
-        return 0, len(self.events) - 1
-
-    def cudaEventDestroy(self, event: int) -> tuple[int]:
-        del self.events[event]
-        return (0,)
-
-    def cudaEventRecord(self, event: int, stream: int) -> tuple[int]:
-        assert stream in self.streams
-        self.waiting.append(lambda: self.events.__setitem__(event, self.now_ms))
-        return (0,)
-
-    def cudaEventElapsedTime(self, begun: int, ended: int) -> tuple[int, float]:
-        times = self.events[begun], self.events[ended]
-        assert times[0] is not None, "the stream was not synchronised"
-        assert times[1] is not None, "the stream was not synchronised"
-        return 0, times[1] - times[0]
-
-    def cudaStreamSynchronize(self, stream: int) -> tuple[int]:
-        assert stream in self.streams
-        for work in self.waiting:
-            work()
-        self.waiting.clear()
-        return (0,)
-
-
-class ContextStandIn:
-    """An execution context whose network doubles its input, of 3 values an image and at most 4 images."""
-
-    def __init__(self, device: DeviceStandIn) -> None:
-        self.device = device
-        self.batch = -1
-        self.addresses: dict[str, int] = {}
-        self.executions = 0
-        self.broken = False
-        self.profiler: Any = None
-        self.times = {"conv + relu": 0.25, "Reformatting CopyNode for Input Tensor 0 to head": 0.125, "head": 0.5}
-
-    def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
-        assert name == "input"
-        self.batch = shape[0] if shape[0] <= 4 else self.batch
-        return shape[0] <= 4
-
-    def infer_shapes(self) -> list[str]:
-        return []
-
-    def get_tensor_shape(self, name: str) -> tuple[int, ...]:
-        return (self.batch, 3)
-
-    def set_tensor_address(self, name: str, address: int) -> bool:
-        self.addresses[name] = address
+    def set_timing_cache(self, cache: SimpleNamespace, *, ignore_mismatch: bool) -> bool:
+        assert not ignore_mismatch, "timings of another GPU mislead"
+        if cache.data not in (b"", b"version 1"):
+            return False
+        self.cache, self.given = cache, cache.data
         return True
 
-    def execute_async_v3(self, stream: int) -> bool:
-        assert stream in self.device.streams, "the default stream synchronises more than it has to"
-        self.device.waiting.append(self._double)
-        for layer, ms in self.times.items() if self.profiler else ():
-            self.profiler.report_layer_time(layer, ms * (self.executions + 1))
-        return not self.broken
-
-    def _double(self) -> None:
-        self.executions += 1
-        self.device.now_ms += self.device.EXECUTION_MS
-        values = [
-            np.frombuffer(memoryview(self.device.held[self.addresses[name]]), np.float32)
-            for name in ("input", "output")
-        ]
-        count = 3 * self.batch
-        values[1][:count] = 2 * values[0][:count]
-
-
-class EngineStandIn:
-    """A deserialised engine with one input and one output, both of a free batch."""
-
-    num_io_tensors = 2
-    num_layers = 3
-
-    def __init__(self, context: ContextStandIn) -> None:
-        self.context = context
-        self.contexts = 0
-        self.layers = [
-            {
-                "Name": "conv + relu",
-                "LayerType": "CaskConvolution",
-                "Metadata": "[ONNX Layer: node_conv]\x1f[ONNX Layer: node_relu]",
-            },
-            {"Name": "Reformatting CopyNode for Input Tensor 0 to head", "LayerType": "Reformat", "Metadata": ""},
-            {"Name": "head", "LayerType": "gemm", "Metadata": "[ONNX Layer: node_linear]"},
-        ]
-
-    def create_execution_context(self) -> ContextStandIn:
-        self.contexts += 1
-        return self.context if self.contexts == 1 else ContextStandIn(self.context.device)
-
-    def create_engine_inspector(self) -> "InspectorStandIn":
-        return InspectorStandIn(self.layers)
-
-    def get_tensor_name(self, index: int) -> str:
-        return ("input", "output")[index]
-
-    def get_tensor_mode(self, name: str) -> str:
-        return name.upper()
-
-    def get_tensor_dtype(self, name: str) -> str:
-        return "FLOAT"
-
-    def get_tensor_shape(self, name: str) -> tuple[int, ...]:
-        return (-1, 3)
-
-    def get_tensor_profile_shape(self, name: str, profile: int) -> list[tuple[int, ...]]:
-        return [(1, 3), (1, 3), (4, 3)]
-
-
-class InspectorStandIn:
-    """What tells about an engine's layers, in JSON that holds bare control characters."""
-
-    execution_context: Any = None
-
-    def __init__(self, layers: list[Any]) -> None:
-        self.layers = layers
-
-    def get_layer_information(self, index: int, kind: str) -> str:
-        assert kind == "JSON"
-        return json.dumps(self.layers[index]).replace("\\u001f", "\x1f")
-
-
-class ProfilerStandIn:
-    """What a profiler inherits from."""
+    def get_timing_cache(self) -> SimpleNamespace:
+        return self.cache
 
 
 class LoggerStandIn:
@@ -511,235 +608,106 @@ class LoggerStandIn:
     Severity = SimpleNamespace(INTERNAL_ERROR=0, ERROR=1, WARNING=2, INFO=3)
 
 
-def session_on_a_stand_in(device: DeviceStandIn | None = None) -> TrtSession:
-    device = device or DeviceStandIn()
-    engine = EngineStandIn(ContextStandIn(device))
-    trt = SimpleNamespace(
-        __name__="tensorrt",
-        __version__="10.3",
-        ILogger=LoggerStandIn,
-        IProfiler=ProfilerStandIn,
-        LayerInformationFormat=SimpleNamespace(JSON="JSON"),
-        Runtime=lambda log: SimpleNamespace(deserialize_cuda_engine=lambda plan: engine if plan else None),
-        TensorIOMode=SimpleNamespace(INPUT="INPUT"),
-        nptype=lambda dtype: {"FLOAT": np.float32}[dtype],
+class Members:
+    """An enumeration whose members are their names."""
+
+    def __init__(self, *names: str) -> None:
+        for number, name in enumerate(names):
+            setattr(self, name, name if name != "STRONGLY_TYPED" else number)
+
+
+def standard_tensorrt(config: ConfigStandIn, *, levels: tuple[str, ...] = ("NONE", "AMPERE_PLUS")) -> SimpleNamespace:
+    """A module `tensorrt` of release 10.3 whose builder makes a plan of anything."""
+    tensor = SimpleNamespace(name="input", shape=(1, 3, 32, 32))
+    network = SimpleNamespace(num_inputs=1, get_input=lambda index: tensor)
+    builder = SimpleNamespace(
+        create_network=lambda flags: network,
+        create_builder_config=lambda: config,
+        build_serialized_network=lambda network, config: b"plan",
     )
-    return TrtSession(trt, device, b"plan", name="x.engine")
+    return SimpleNamespace(
+        __name__="tensorrt",
+        __version__="10.3.0",
+        Builder=lambda log: builder,
+        BuilderFlag=Members("TF32", "REFIT", "STRIP_PLAN", "VERSION_COMPATIBLE"),
+        HardwareCompatibilityLevel=Members(*levels),
+        ILogger=LoggerStandIn,
+        MemoryPoolType=Members("WORKSPACE"),
+        NetworkDefinitionCreationFlag=Members("STRONGLY_TYPED"),
+        OnnxParser=lambda network, log: SimpleNamespace(parse=lambda data, path: True),
+        ProfilingVerbosity=Members("DETAILED"),
+    )
 
 
-@needs_rtx
-def test_the_stand_ins_have_no_name_that_the_real_bindings_lack() -> None:
-    trt = importlib.import_module("tensorrt_rtx")
-    pairs = [
-        (EngineStandIn, trt.ICudaEngine),
-        (ContextStandIn, trt.IExecutionContext),
-        (InspectorStandIn, trt.EngineInspector),
-        (DeviceStandIn, load_cudart()),
-    ]
-    for stand_in, real in pairs:
-        names = [name for name in vars(stand_in) if not name.startswith("_") and not name.isupper()]
-        assert [name for name in names if not hasattr(real, name)] == []
+@pytest.mark.parametrize(
+    ("kept", "given", "word"),
+    [(b"version 1", b"version 1", "used"), (None, b"", "new"), (b"version 2", b"", "new"), (b"damaged", b"", "new")],
+    ids=["its own", "none", "of another version", "damaged"],
+)
+def test_timings_are_used_where_they_fit_and_written_anew_where_they_do_not(
+    onnx_path: Path, tmp_path: Path, kept: bytes | None, given: bytes, word: str
+) -> None:
+    file = CacheFile(tmp_path / "x.timing", {"gpu": "Orin"})
+    if kept is not None:
+        assert file.write(kept) is None
+    config = ConfigStandIn()
+    plan = build_plan(standard_tensorrt(config), onnx_path, BuildOptions(), timing_cache=file)
+    assert (config.given, plan.flags["timing_cache"]) == (given, word)
+    assert file.read() == given + b"+timed"
 
 
-def test_a_session_knows_its_tensors_and_their_free_batch() -> None:
-    session = session_on_a_stand_in()
-    assert (session.input_names, session.output_names) == (["input"], ["output"])
-    assert session.input_shapes == {"input": (-1, 3)}
+def test_timings_that_cannot_be_kept_are_no_failure(onnx_path: Path, tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("a file where a folder belongs")
+    file = CacheFile(tmp_path / "taken" / "x.timing", {"gpu": "Orin"})
+    plan = build_plan(standard_tensorrt(ConfigStandIn()), onnx_path, BuildOptions(), timing_cache=file)
+    assert re.fullmatch(r"new, not kept \(.*taken: .+\)", plan.flags["timing_cache"])
 
 
-def test_run_brings_inputs_to_the_device_and_outputs_back() -> None:
-    images = np.arange(6, dtype=np.float32).reshape(2, 3)
-    outputs = session_on_a_stand_in().run({"input": images})
-    assert np.array_equal(outputs["output"], 2 * images)
+def test_an_engine_that_later_versions_may_load_warns_of_the_code_in_it(onnx_path: Path) -> None:
+    config = ConfigStandIn()
+    plan = build_plan(standard_tensorrt(config), onnx_path, BuildOptions(version_compatible=True))
+    assert "VERSION_COMPATIBLE" in config.flags
+    assert plan.flags["warnings"] == [HOST_CODE]
 
 
-def test_batches_of_any_size_in_the_profile_follow_one_another() -> None:
-    session = session_on_a_stand_in()
-    for batch in (1, 4, 2):
-        images = np.full((batch, 3), batch, np.float32)
-        assert np.array_equal(session.run({"input": images})["output"], 2 * images)
+def test_an_engine_without_weights_names_the_file_that_has_them(onnx_path: Path) -> None:
+    config = ConfigStandIn()
+    plan = build_plan(standard_tensorrt(config), onnx_path, BuildOptions(strip=True, refit=True))
+    assert {"STRIP_PLAN", "REFIT"} <= config.flags
+    digest = hashlib.sha256(onnx_path.read_bytes()).hexdigest()
+    assert plan.flags["weights"] == {"file": "model.onnx", "sha256": digest}
 
 
-def test_each_lap_is_one_execution_that_is_done_when_it_returns() -> None:
-    session = session_on_a_stand_in()
-    session.bind({"input": np.ones((1, 3), np.float32)})
-    for lap in range(1, 4):
-        session.lap()
-        assert session._context.executions == lap
+def test_a_level_that_this_release_does_not_have_is_refused_by_name(onnx_path: Path) -> None:
+    options = BuildOptions(hardware_compatibility="same-compute-capability")
+    with pytest.raises(BuildFailed, match=r"tensorrt 10\.3\.0 has no HardwareCompatibilityLevel\.SAME_COMPUTE_CAP"):
+        build_plan(standard_tensorrt(ConfigStandIn()), onnx_path, options)
+    config = ConfigStandIn()
+    trt = standard_tensorrt(config, levels=("NONE", "AMPERE_PLUS", "SAME_COMPUTE_CAPABILITY"))
+    build_plan(trt, onnx_path, options)
+    assert vars(config)["hardware_compatibility_level"] == "SAME_COMPUTE_CAPABILITY"
 
 
-def test_a_timed_lap_takes_what_the_device_says_between_two_events() -> None:
-    session = session_on_a_stand_in()
-    session.bind({"input": np.ones((1, 3), np.float32)})
-    assert session.timed_lap_ms() == DeviceStandIn.EXECUTION_MS
-    assert session._context.executions == 1
+def test_timings_are_kept_apart_by_version_and_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path))
+    files = set()
+    for gpu in (GPUS["3090"], GPUS["Orin"]):
+        monkeypatch.setattr(target_trt, "find_gpu", lambda gpu=gpu: gpu)
+        target = TensorRTTarget(parse_target("trt"))
+        for version in ("10.3.0", "11.4.0.106"):
+            file = target._timing_cache(SimpleNamespace(__version__=version))
+            assert file is not None
+            files.add(file.path)
+    assert len(files) == 4
+    assert all(path.is_relative_to(tmp_path) for path in files)
 
 
-def test_a_round_trip_tells_the_execution_from_the_copies_around_it() -> None:
-    session = session_on_a_stand_in()
-    session.bind({"input": np.ones((2, 3), np.float32)})
-    for _ in range(2):
-        trip = session.round_trip()
-        # One input and one output.
-        assert (trip.compute_ms, trip.with_transfers_ms) == (2.0, 2.0 + 2 * DeviceStandIn.COPY_MS)
-        assert trip.host_ms > 0
-
-
-def test_a_round_trip_brings_what_is_bound_now_and_its_outputs_back() -> None:
-    device = DeviceStandIn()
-    session = session_on_a_stand_in(device)
-    for value in (1.0, 3.0):
-        session.bind({"input": np.full((1, 3), value, np.float32)})
-        session.round_trip()
-        outputs = [np.frombuffer(memoryview(block), np.float32) for block in device.pinned.values()]
-        assert np.array_equal(np.sort(np.concatenate(outputs)), [value] * 3 + [2 * value] * 3)
-        assert np.array_equal(session.outputs()["output"], [[2 * value] * 3])
-
-
-def test_a_round_trip_before_binding_is_refused() -> None:
-    with pytest.raises(MeasureFailed, match=r"no inputs are bound\. Call bind first"):
-        session_on_a_stand_in().round_trip()
-
-
-def test_closing_gives_back_events_and_pinned_memory_too() -> None:
-    device = DeviceStandIn()
-    session = session_on_a_stand_in(device)
-    session.bind({"input": np.ones((1, 3), np.float32)})
-    session.round_trip()
-    assert device.events
-    assert device.pinned
-    session.close()
-    assert (device.events, device.pinned, device.held) == ({}, {}, {})
-
-
-def test_bound_inputs_stay_on_the_device_whatever_happens_to_the_array() -> None:
-    session = session_on_a_stand_in()
-    array = np.ones((1, 3), np.float32)
-    session.bind({"input": array})
-    array[:] = 5
-    session.lap()
-    assert np.array_equal(session.outputs()["output"], [[2, 2, 2]])
-
-
-def test_binding_again_keeps_the_device_memory_that_suffices() -> None:
-    device = DeviceStandIn()
-    session = session_on_a_stand_in(device)
-    session.bind({"input": np.ones((2, 3), np.float32)})
-    held = dict(device.held)
-    session.bind({"input": np.ones((1, 3), np.float32)})
-    assert device.held == held
-    session.bind({"input": np.ones((4, 3), np.float32)})
-    assert sorted(len(block) for block in device.held.values()) == [48, 48]
-
-
-def test_closing_gives_everything_back_and_may_be_repeated() -> None:
-    device = DeviceStandIn(memory=1000)
-    session = session_on_a_stand_in(device)
-    session.run({"input": np.ones((1, 3), np.float32)})
-    session.close()
-    session.close()
-    assert (device.free, device.held, device.streams) == (1000, {}, set())
-
-
-def test_a_batch_outside_the_profile_is_refused_with_the_profile() -> None:
-    with pytest.raises(ValueError, match=r"shape \(5, 3\) given, between \(1, 3\) and \(4, 3\) expected"):
-        session_on_a_stand_in().run({"input": np.ones((5, 3), np.float32)})
-
-
-def test_device_memory_that_runs_out_is_one_sentence() -> None:
-    with pytest.raises(MeasureFailed, match=r"x\.engine: cudaMalloc failed: out of memory\. Look at"):
-        session_on_a_stand_in(DeviceStandIn(memory=8)).run({"input": np.ones((1, 3), np.float32)})
-
-
-def test_a_closed_session_is_refused() -> None:
-    session = session_on_a_stand_in()
-    session.close()
-    with pytest.raises(MeasureFailed, match="the session is closed"):
-        session.run({"input": np.ones((1, 3), np.float32)})
-
-
-def test_a_lap_before_binding_is_refused() -> None:
-    with pytest.raises(MeasureFailed, match=r"no inputs are bound\. Call bind first"):
-        session_on_a_stand_in().lap()
-
-
-def profiled_on_a_stand_in() -> target_trt.ProfiledTrtSession:
-    profiled = session_on_a_stand_in().profiled()
-    profiled.bind({"input": np.ones((1, 3), np.float32)})
-    for _ in range(3):
-        profiled.lap()
-    return profiled
-
-
-def test_a_profiled_session_tells_each_layer_with_its_times_in_the_latest_laps() -> None:
-    layers = profiled_on_a_stand_in().node_laps(2)
-    assert [(layer.name, layer.laps_ms) for layer in layers] == [
-        ("conv + relu", [0.5, 0.75]),
-        ("Reformatting CopyNode for Input Tensor 0 to head", [0.25, 0.375]),
-        ("head", [1.0, 1.5]),
-    ]
-
-
-def test_a_layer_knows_the_onnx_nodes_it_was_made_of_and_a_reformat_has_none() -> None:
-    layers = profiled_on_a_stand_in().node_laps(1)
-    assert [(layer.operator, layer.origin) for layer in layers] == [
-        ("CaskConvolution", "node_conv + node_relu"),
-        ("reformat", ""),
-        ("gemm", "node_linear"),
-    ]
-
-
-@pytest.mark.parametrize("layers", [["conv + relu", "x", "head"], [{}, {}, {}]], ids=["names only", "nothing"])
-def test_without_notes_on_its_origin_a_layer_goes_by_its_name(layers: list[Any]) -> None:
-    profiled = profiled_on_a_stand_in()
-    profiled._engine.layers = layers
-    told = [(layer.operator, layer.origin) for layer in profiled.node_laps(1)]
-    assert told == [("layer", "conv + relu"), ("reformat", ""), ("layer", "head")]
-
-
-def test_a_profiled_session_leaves_the_measured_one_as_it_is() -> None:
-    session = session_on_a_stand_in()
-    session.bind({"input": np.ones((1, 3), np.float32)})
-    profiled = session.profiled()
-    assert profiled._context is not session._context
-    assert session._context.profiler is None
-    profiled.close()
-    session.lap()
-    assert np.array_equal(session.outputs()["output"], [[2, 2, 2]])
-
-
-def test_a_profiler_that_was_told_nothing_is_one_sentence() -> None:
-    profiled = profiled_on_a_stand_in()
-    profiled._context.times = {}
-    profiled.lap()
-    with pytest.raises(MeasureFailed, match=r"tensorrt 10\.3 told the layers' times of 1 laps instead of 2\. Use"):
-        profiled.node_laps(2)
-
-
-@needs_rtx
-def test_the_real_bindings_take_our_profiler() -> None:
-    trt = importlib.import_module("tensorrt_rtx")
-    timer = target_trt.layer_timer(trt)
-    assert isinstance(timer, trt.IProfiler)
-    timer.laps.append({})
-    timer.report_layer_time("layer", 0.5)
-    timer.report_layer_time("layer", 0.25)
-    assert timer.laps == [{"layer": 0.75}]
-
-
-def test_an_execution_that_the_runtime_refuses_is_told_with_its_log() -> None:
-    session = session_on_a_stand_in()
-    session.bind({"input": np.ones((1, 3), np.float32)})
-    session._context.broken = True
-    session._log.log(LoggerStandIn.Severity.ERROR, "Error Code 3:\n  API usage.")
-    with pytest.raises(MeasureFailed, match=r"tensorrt cannot run it: Error Code 3: API usage\.$"):
-        session.lap()
-
-
-def test_the_logger_keeps_errors_and_warnings_apart_and_each_once() -> None:
-    log = target_trt.collecting_logger(SimpleNamespace(ILogger=LoggerStandIn))
-    assert log.text() == "it logged no error"
-    for severity, message in [(1, "bad."), (2, "odd"), (3, "fine"), (1, "bad."), (0, "worse"), (2, "odd")]:
-        log.log(severity, message)
-    assert log.text() == "bad; worse"
-    assert log.warnings() == ["odd"]
+@pytest.mark.parametrize(
+    ("target", "options"), [("trt", {"timing_cache": False}), ("trt", {"builds": 3}), ("trt-rtx:sm86", {})]
+)
+def test_no_timings_are_kept_where_none_are_wanted_or_made(
+    target: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(target_trt, "find_gpu", lambda: GPUS["3090"])
+    made = TensorRTTarget(parse_target(target), options=BuildOptions(**options))
+    assert made._timing_cache(SimpleNamespace(__version__="11.4.0.106")) is None

@@ -15,9 +15,11 @@ from chip_deploy.export.layers import LayerMap
 from chip_deploy.export.node_times import profile_of
 from chip_deploy.export.onnx_export import export_onnx
 from chip_deploy.export.onnx_graph import read_graph
+from chip_deploy.export.shapes import DYNAMIC_BATCH
 from chip_deploy.export.target import CAPABILITIES, Engine, Target, engine_path, parse_target
-from chip_deploy.export.target_trt import DYNAMIC_BATCH, Gpu, TrtSession, find_gpu
+from chip_deploy.export.target_trt import Gpu, find_gpu
 from chip_deploy.export.targets import make_target
+from chip_deploy.export.trt_session import TrtSession
 
 GPU = find_gpu()
 pytestmark = pytest.mark.skipif(isinstance(GPU, str), reason=f"needs an NVIDIA GPU: {GPU}")

@@ -7,11 +7,11 @@ from chip_deploy.pipeline.cli import app
 # Command -> its arguments and options; a star marks what must be given.
 FROZEN = {
     "prune": (
-        "RECIPE.toml --model --weights --data --criterion --macs --params --ratio --target --precision --scores --out "
-        "--set --resume --dry-run --json"
+        "RECIPE.toml --model --weights --data --criterion --macs --params --ratio --target --precision --max-drop "
+        "--scores --out --set --resume --dry-run --json"
     ),
     "score": "RECIPE.toml --model --weights --data --criterion --set --out",
-    "build": "*BUNDLE *--target",
+    "build": "*BUNDLE *--target --precision --shapes --builds --set",
     "measure": "*BUNDLE --target --protocol --batch",
     "verify": "*BUNDLE",
     "gate": "*BUNDLE *--require --target --junit --markdown --json",
@@ -21,11 +21,11 @@ FROZEN = {
         "--json"
     ),
     "report": "*BUNDLE",
-    "doctor": "",
+    "doctor": "--json",
 }
 MANY = {
     *(("prune", "--target"), ("prune", "--set"), ("score", "--set"), ("gate", "--require")),
-    *(("compare-criteria", "--target"), ("compare-criteria", "--set")),
+    *(("build", "--shapes"), ("build", "--set"), ("compare-criteria", "--target"), ("compare-criteria", "--set")),
 }
 
 

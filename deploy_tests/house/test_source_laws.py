@@ -21,7 +21,7 @@ HOMES = {
     "torch_pruning": {"chip/groups.py", "chip/surgery.py"},
     "tensorrt": {"export/target_trt.py"},
     "tensorrt_rtx": {"export/target_trt.py"},
-    "onnxruntime": {"export/target_ort.py", "export/precision.py"},
+    "onnxruntime": {"export/target_ort.py", "export/ort_session.py", "export/precision.py", "export/quantize.py"},
 }
 TORCH_IN_EXPORT = {"export/onnx_export.py", "export/target_torch.py"}
 
