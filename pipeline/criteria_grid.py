@@ -187,8 +187,8 @@ def _require_comparable(recipe: Recipe, criteria: Sequence[str]) -> None:
         )
     if recipe.export.precision != Recipe().export.precision:
         raise ValueError(
-            f"export.precision = {', '.join(recipe.export.precision)}: a comparison of criteria times fp32 alone. Leave "
-            "it out, and give the precision to `chip-deploy prune`."
+            f"export.precision = {', '.join(recipe.export.precision)}: a comparison of criteria times fp32 alone. "
+            "Leave it out, and give the precision to `chip-deploy prune`."
         )
     if recipe.prune.layer_ratios:
         raise ValueError(
