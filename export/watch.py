@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import importlib
 import math
@@ -241,8 +242,14 @@ def read_gpu_state() -> GpuState | None:
 
 
 def parse_gpu_state(text: str) -> GpuState | None:
-    """The first GPU of nvidia-smi's answer about SMI_FIELDS in csv,noheader,nounits; a field it has not is None."""
-    row = [field.strip() for field in next(csv.reader(text.splitlines()), [])]
+    """The first GPU of nvidia-smi's answer about SMI_FIELDS in csv,noheader,nounits; a field it has not is None.
+
+    None for any other answer.
+    """
+    try:
+        row = [field.strip() for field in next(csv.reader(text.splitlines()), [])]
+    except csv.Error:
+        return None
     if len(row) != len(SMI_FIELDS):
         return None
     name, capability, *numbers, bits = row
@@ -282,7 +289,8 @@ def _state_from_nvml() -> GpuState | None:
     except nvml.NVMLError:
         return None
     finally:
-        nvml.nvmlShutdown()
+        with contextlib.suppress(nvml.NVMLError):
+            nvml.nvmlShutdown()
 
 
 def _nvml_state(nvml: Any, device: Any) -> GpuState:
@@ -381,7 +389,7 @@ def _printed(program: str, *arguments: str) -> str:
         return ""
     try:
         done = subprocess.run([path, *arguments], capture_output=True, text=True, timeout=PROGRAM_SECONDS, check=True)
-    except (OSError, subprocess.SubprocessError):
+    except (OSError, ValueError, subprocess.SubprocessError):  # ValueError: it prints what is not text
         return ""
     return done.stdout
 

@@ -169,7 +169,7 @@ def test_a_gpu_is_read_from_what_nvidia_smi_prints() -> None:
     assert parse_gpu_state("Orin (nvgpu), [N/A], [N/A], [N/A], [N/A], [N/A], [N/A], [N/A]") == GpuState(
         name="Orin (nvgpu)"
     )
-    for nothing in ("", "No devices were found\n"):
+    for nothing in ("", "No devices were found\n", "9" * 200_000):  # the last one: more than csv takes as a field
         assert parse_gpu_state(nothing) is None
 
 
@@ -190,9 +190,10 @@ def test_nvidia_smi_and_nvpmodel_are_asked_where_they_are(tmp_path: Path, monkey
     state = read_gpu_state()
     assert state is not None
     assert (state.sm_mhz, power_mode()) == (2040, "MAXN")
-    for name in ("nvidia-smi", "nvpmodel"):
-        program(tmp_path, name, "exit 9")
-    assert (read_gpu_state(), power_mode()) == (None, None)
+    for broken in ("exit 9", r"printf '\377'"):  # a failure, and what is not text
+        for name in ("nvidia-smi", "nvpmodel"):
+            program(tmp_path, name, broken)
+        assert (read_gpu_state(), power_mode()) == (None, None)
 
 
 NVML = """
