@@ -58,7 +58,7 @@ Progress = Callable[[float, str], None]
 class QuantizeSettings(BaseModel):
     """How 8 bits are chosen: from how many images, by which rule, and which layers are left out.
 
-    `rest`: the type of what is not quantised; auto is fp16 where every target is a GPU. `exclude`: layers by name, or
+    `rest`: the type of what is not quantised; auto is fp16 where TensorRT alone runs it. `exclude`: layers by name, or
     with `*`. `max_drop`: points of top-1 that int8 may lose; the most sensitive layers are left out until it holds.
     """
 
