@@ -48,7 +48,7 @@ format: setup  ## put the code in shape
 	$(BIN)/ruff format .
 
 pytest: setup  ## the tests alone, in JOBS processes of one thread each
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 wheel: setup  ## dist/*.whl
 	$(BIN)/python -m build --wheel
