@@ -16,7 +16,7 @@ import torch
 from chip_deploy.chip.shortcut import ChannelMap
 from chip_deploy.export.errors import BuildFailed
 from chip_deploy.pipeline import compare_criteria as comparing
-from chip_deploy.pipeline import criteria_latency
+from chip_deploy.pipeline import criteria_latency, stages
 from chip_deploy.pipeline.cli import main
 from chip_deploy.pipeline.criteria_result import CriteriaComparison
 from chip_deploy.pipeline.data import open_data
@@ -443,7 +443,7 @@ def test_what_is_measured_is_the_network_that_prune_would_ship(tmp_path, monkeyp
     asked = ["--model", "resnet20", "--data", "random:8", "--macs", "0.5", *settings, "--target", "ort-cpu", "--out"]
     # Both seeds end with the same widths; the random scores of the first keep channels that the other's do not.
     with monkeypatch.context() as patch:
-        patch.setattr(criteria_latency, "export_onnx", keep)
+        patch.setattr(stages, "export_onnx", keep)
         lists = ["--criteria", "random", "--seeds", "0,1"]
         assert main(["compare-criteria", *lists, *asked, str(tmp_path / "out")]) == 1
     assert main(["prune", "--criterion", "random", *asked, str(tmp_path / "bundle")]) == 0
