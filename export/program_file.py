@@ -8,6 +8,8 @@ its nodes into Python code. A file is read here before it is given to torch, and
 from __future__ import annotations
 
 import ast
+import contextlib
+import io
 import json
 import re
 import zipfile
@@ -44,12 +46,43 @@ def require_plain_program(file: Path | IO[bytes]) -> None:
     Cost: reads the archive's list and its JSON, not the weights.
     Raises: ValueError naming what is no program, or what in it could run.
     """
+    with _plain_archive(file):
+        pass
+
+
+def plain_copy(file: Path | IO[bytes]) -> io.BytesIO:
+    """An archive made anew of the files that were found plain in `file`, for torch to read.
+
+    Torch finds the files of an archive by another reader than ours, and one archive can be written so that two readers
+    see two contents. Of the copy there is only one reading.
+
+    Cost: the size of the archive, twice, in memory.
+    Raises: ValueError as `require_plain_program` does.
+    """
+    made = io.BytesIO()
+    with _plain_archive(file) as archive, zipfile.ZipFile(made, "w") as copy:
+        for entry in archive.infolist():
+            copy.writestr(entry.filename, archive.read(entry))
+    made.seek(0)
+    return made
+
+
+@contextlib.contextmanager
+def _plain_archive(file: Path | IO[bytes]) -> Iterator[zipfile.ZipFile]:
+    """The opened archive, whose files are all plain.
+
+    Raises: ValueError, for what does not show before it is read as well.
+    """
     try:
         with zipfile.ZipFile(file) as archive:
             for entry in archive.infolist():
                 _require_plain(archive, entry)
-            if not any(name.endswith("models/model.json") for name in archive.namelist()):
+            names = archive.namelist()
+            if not any(name.endswith("models/model.json") for name in names):
                 raise ValueError("it holds no program")
+            if twice := [name for name in names if names.count(name) > 1]:
+                raise ValueError(f"it holds '{twice[0]}' twice")
+            yield archive
     except (zipfile.BadZipFile, zlib.error, EOFError, KeyError, RuntimeError, UnicodeDecodeError) as err:
         raise ValueError(f"no archive of a torch program ({err})") from err
 

@@ -27,7 +27,7 @@ import numpy as np
 from .bundle import write_atomic
 from .errors import BuildFailed, ExportFailed, MeasureFailed
 from .layer_types import told_types
-from .program_file import require_plain_program
+from .program_file import plain_copy, require_plain_program
 from .target import (
     Build,
     Engine,
@@ -474,9 +474,7 @@ def _read_program(path: Path) -> tuple[torch.fx.GraphModule, dict[str, tuple[str
     from torch.fx.graph import CodeGen
 
     try:
-        file = io.BytesIO(path.read_bytes())  # read once: torch is given the very bytes that were found plain
-        require_plain_program(file)
-        file.seek(0)
+        file = plain_copy(path)
         with _without_warnings("torch.export"):  # it logs the traceback of what it raises
             program = torch.export.load(file)
         stacks = {node.name: node.meta.get(MODULE_STACK, {}) for node in program.graph.nodes}

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from chip_deploy.export.program_file import require_plain_program
+from chip_deploy.export.program_file import plain_copy, require_plain_program
 from chip_deploy.export.target_torch import write_program
 
 MODEL = "models/model.json"
@@ -89,6 +89,35 @@ def test_torch_itself_would_unpickle_what_is_refused(program: Path) -> None:
     torch.save(((torch.zeros(1),), {}), sample)
     loaded = torch.export.load(changed(program, {"data/sample_inputs/model.pt": lambda _: sample.getvalue()}))
     assert loaded.example_inputs is not None
+
+
+def test_a_copy_holds_what_was_checked_and_torch_reads_it(program: Path) -> None:
+    copy = plain_copy(program)
+    with zipfile.ZipFile(program) as old, zipfile.ZipFile(copy) as new:
+        assert {name: new.read(name) for name in new.namelist()} == {name: old.read(name) for name in old.namelist()}
+    copy.seek(0)
+    image = torch.rand(2, 3, 8, 8)
+    expected = torch.export.load(program).module()(image)
+    torch.testing.assert_close(torch.export.load(copy).module()(image), expected, rtol=0, atol=0)
+
+
+def test_a_file_that_stands_in_the_archive_twice_is_refused(program: Path) -> None:
+    file = changed(program, {})
+    with zipfile.ZipFile(file, "a") as archive:
+        name = next(name for name in archive.namelist() if name.endswith("model.json"))
+        content = archive.read(name)
+        with pytest.warns(UserWarning, match="Duplicate name"):
+            archive.writestr(name, content)
+    for check in (require_plain_program, plain_copy):
+        file.seek(0)
+        with pytest.raises(ValueError, match=r"it holds '.*models/model\.json' twice"):
+            check(file)
+
+
+def test_bytes_outside_the_checked_archive_do_not_reach_torch(program: Path) -> None:
+    hidden = b"another archive, for another reader"
+    inside = io.BytesIO(hidden + program.read_bytes())
+    assert hidden not in plain_copy(inside).getvalue()
 
 
 @pytest.fixture

@@ -1,9 +1,10 @@
 """PyTorch as a target: the program computes what the network computes, call by call, and leaves torch as it was."""
 
 import contextlib
+import io
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from chip_deploy.export.layers import LayerMap
 from chip_deploy.export.node_times import profile_of
 from chip_deploy.export.onnx_export import export_onnx
 from chip_deploy.export.onnx_graph import read_graph
-from chip_deploy.export.program_file import require_plain_program
+from chip_deploy.export.program_file import plain_copy
 from chip_deploy.export.target import DeviceTimer, Engine, engine_path, parse_target, width_step
 from chip_deploy.export.target_torch import (
     CudaProfiledTorchSession,
@@ -188,7 +189,7 @@ def test_a_program_that_could_run_code_is_not_given_to_torch(
     def refuse(file: object) -> None:
         raise ValueError("it calls 'torch.hub.load', which is no tensor operator")
 
-    monkeypatch.setattr(target_torch, "require_plain_program", refuse)
+    monkeypatch.setattr(target_torch, "plain_copy", refuse)
     monkeypatch.setattr(torch.export, "load", lambda _: pytest.fail("torch read it"))
     with pytest.raises(BuildFailed, match=r"model\.pt2: torch .* cannot open it: it calls 'torch\.hub\.load'"):
         TorchTarget(SPEC).build(onnx_path, engine_path(tmp_path, SPEC, "fp32"))
@@ -200,11 +201,12 @@ def test_torch_is_given_the_bytes_that_were_checked(
     path = tmp_path / "model.pt2"
     path.write_bytes(program_path(onnx_path).read_bytes())
 
-    def check_and_change(file: BinaryIO) -> None:
-        require_plain_program(file)
+    def check_and_change(file: Path) -> io.BytesIO:
+        plain = plain_copy(file)
         path.write_bytes(b"another file")
+        return plain
 
-    monkeypatch.setattr(target_torch, "require_plain_program", check_and_change)
+    monkeypatch.setattr(target_torch, "plain_copy", check_and_change)
     target_torch._read_program(path)
     assert path.read_bytes() == b"another file"
 
