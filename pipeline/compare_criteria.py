@@ -40,6 +40,7 @@ from .criteria_result import (
 from .data import DataSet
 from .display import Display
 from .journal import Journal, StageResult, digest_of
+from .recipe import Recipe
 from .stages import (
     Prepared,
     alone_in,
@@ -266,7 +267,7 @@ def _require_own_folder(out: Path, grid: CriteriaGrid, *, resume: bool) -> None:
 
 def _require_same_recipe(out: Path, before: Any, asked: dict[str, Any]) -> None:
     """Raises: ValueError, naming the multiple of the widths where it is all that differs."""
-    if before == asked:
+    if before == asked or _with_defaults(before) == asked:
         return
     prune = before.get("prune") if isinstance(before, dict) else None
     step, wanted = prune.get("round_to") if isinstance(prune, dict) else None, asked["prune"]["round_to"]
@@ -276,6 +277,14 @@ def _require_same_recipe(out: Path, before: Any, asked: dict[str, Any]) -> None:
             f"the targets or by prune.round_to; no cell would serve. Set prune.round_to={step}, or give another --out."
         )
     raise ValueError(f"{out} holds a comparison by another recipe. Give another --out, or remove {out}.")
+
+
+def _with_defaults(before: Any) -> dict[str, Any] | None:
+    """A recipe that an earlier version wrote, with what it did not know yet; None where it cannot be one."""
+    try:
+        return Recipe.model_validate(before).model_dump(mode="json")
+    except ValidationError:
+        return None
 
 
 def _cells_besides(folder: Path, grid: CriteriaGrid) -> int:
@@ -583,8 +592,9 @@ def _notes(grid: CriteriaGrid, ready: Prepared, cells: Sequence[CellResult]) -> 
     )
     if ready.data.has_accuracy and all(cell.accuracy.recalibrated is None for cell in cells):
         notes.append("nothing was recalibrated: there is no batch norm, or tune.recalibrate_images = 0.")
+    kept = "any number" if rules.round_to == 1 else f"where its width allows it a multiple of {rules.round_to}"
     notes.append(
-        f"every group keeps a multiple of {rules.round_to} channels where its width allows it, never below "
+        f"every group keeps {kept} of its channels, never below "
         f"{rules.min_width}{_shares_kept(grid)}; every cut was proved in float64, the largest relative gap was "
         f"{max(cell.proof_gap for cell in cells):.1e}."
     )

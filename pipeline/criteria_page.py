@@ -287,7 +287,8 @@ def _latency_row(comparison: CriteriaComparison, latency: StructureLatency) -> l
 
 def _why(comparison: CriteriaComparison, latency: StructureLatency) -> str:
     """Why a verdict is not `faster`; the numbers after the semicolon stand in the table."""
-    return f"{_whose(comparison, latency.structure)}: {latency.verdict}: {latency.reason.partition(';')[0]}."
+    reason = latency.reason.partition(";")[0].removesuffix(".")
+    return f"{_whose(comparison, latency.structure)}: {latency.verdict}: {reason}."
 
 
 def _how(latency: StructureLatency) -> str:

@@ -236,6 +236,16 @@ def test_the_same_command_again_begins_anew_and_other_lists_are_refused_unless_r
     assert "another recipe" in error(capsys)
 
 
+def test_a_comparison_goes_on_that_was_begun_before_the_recipe_had_all_its_sections(net, tmp_path):
+    out = tmp_path / "out"
+    lists = ["--criteria", "l1", "--macs", "0.7", "--seeds", "0"]
+    first = compared(net, out, *lists)
+    asked = json.loads((out / "asked.json").read_text("utf-8"))
+    del asked["recipe"]["export"]
+    (out / "asked.json").write_text(json.dumps(asked), "utf-8")
+    assert compared(net, out, *lists, "--resume").cells == first.cells
+
+
 def test_cells_besides_those_asked_for_are_not_lost_without_a_word(net, plain, tmp_path, capsys):
     out = tmp_path / "out"
     shutil.copytree(plain, out)

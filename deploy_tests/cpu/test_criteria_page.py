@@ -206,8 +206,9 @@ def test_the_latency_of_a_row_is_the_mean_over_its_seeds_not_over_its_structures
     facts = three_seeds((0.7, 0.7, 0.7))
     both = [latency("a", 1.0), latency("b", 1.6)]
     assert table_below(shown(make(**facts, latencies=both)), "50 %")[0][-2:] == ["1.20", "(1.00–1.60)"]
-    doubtful = shown(make(**facts, latencies=[both[0], latency("b", 1.6, verdict="unstable", reason="it drifted")]))
+    doubtful = shown(make(**facts, latencies=[both[0], latency("b", 1.6, verdict="unstable", reason="it drifted.")]))
     assert table_below(doubtful, "50 %")[0][-2:] == ["1.20*", "(1.00–1.60)"]
+    assert "unstable: it drifted. " in " ".join(doubtful.split())
     assert "* marks a p50 whose laps were unstable." in " ".join(doubtful.split())
 
 
