@@ -6,7 +6,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.setup-done
-JOBS ?= 2
+JOBS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2); echo $$((n < 4 ? n : 4)))
 EXTRAS := prune,fast,ort,trt-rtx,report,dev
 
 DEMO := prune --model resnet18 --data digits --criterion chip --macs 0.5 --target ort-cpu
@@ -33,8 +33,8 @@ demo: setup  ## prune, export, build and measure a real network: about five minu
 
 test: setup lint pytest  ## lint, types and the tests, all but the matrix
 
-test-matrix: setup  ## every network by every criterion: an hour of one core; ONLY='densenet40 or lamp' takes a part
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) -m matrix $(if $(ONLY),-k '$(ONLY)') deploy_tests/zoo/test_matrix.py
+test-matrix: setup  ## every network by every criterion: an hour of one core; ONLY='densenet40 or lamp' for a part
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) -m matrix $(if $(ONLY),-k '$(ONLY)') deploy_tests/zoo
 
 lint: setup types  ## style, import bans and types
 	$(BIN)/ruff check .
@@ -47,8 +47,8 @@ format: setup  ## put the code in shape
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-pytest: setup  ## the tests alone, in JOBS processes of one thread each
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
+pytest: setup  ## the tests alone, in JOBS processes of one thread each (a core each, four at most)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder --durations 25
 
 wheel: setup  ## dist/*.whl
 	$(BIN)/python -m build --wheel

@@ -3,10 +3,11 @@
 import pytest
 
 NETWORKS = [
-    "resnet18", "resnet50", "vgg16_bn", "mobilenet_v2", "densenet121", "efficientnet_b0", "regnet_y_400mf",
-    "resnext50_32x4d", "googlenet", "squeezenet1_1", "convnext_tiny",
+    "resnet18", "resnet50", "mobilenet_v2", "efficientnet_b0", "regnet_y_400mf", "resnext50_32x4d", "googlenet",
+    "squeezenet1_1", "convnext_tiny",
+    *(pytest.param(slow, marks=pytest.mark.matrix) for slow in ("vgg16_bn", "densenet121")),
 ]  # fmt: skip
-SIZE = 64  # small images keep this under half a minute a network; the structure is that of 224
+SIZE = 64  # small images keep this at half a minute a network; the structure is that of 224
 
 
 @pytest.mark.parametrize("name", NETWORKS)
