@@ -38,27 +38,17 @@ from .criteria_result import (
     paired_rows,
 )
 from .data import DataSet
+from .dense import dense_stage
 from .display import Display
 from .journal import Journal, StageResult, digest_of
+from .prepared import Prepared, plan_at, prepare, variant, widths_by_scores
+from .provenance import source_digest, versions
 from .recipe import Recipe
-from .stages import (
-    Prepared,
-    alone_in,
-    dense_stage,
-    most_removed,
-    needs_labels,
-    plan_at,
-    prepare,
-    recover_pruned,
-    require_folder,
-    score_device,
-    scored_by,
-    source_digest,
-    variant,
-    versions,
-    width_multiple,
-    widths_by_scores,
-)
+from .recipe_values import most_removed, score_device, width_multiple
+from .refusals import needs_labels
+from .run_folder import alone_in, require_folder
+from .scoring import scored_by
+from .stages import recover_pruned
 from .tune import TrainingDiverged, evaluate, recalibrate, train
 from .wording import plural
 

@@ -14,11 +14,14 @@ from ..export.machine import fingerprint, read_machine
 from ..export.measure import LatencyProtocol, laps_path
 from ..export.target import Target, engine_path, read_engine
 from .criteria_result import StructureLatency
+from .data import Progress
 from .device import measured_row, unmeasured_row
 from .display import Display
+from .engine_stages import export_both
 from .journal import Journal, digest_of
+from .prepared import Prepared
+from .provenance import versions
 from .report import EngineRow
-from .stages import Prepared, Progress, export_both, versions
 from .tune import recalibrate
 
 NETWORKS = "networks"

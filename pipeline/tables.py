@@ -13,9 +13,9 @@ from rich.text import Text
 if TYPE_CHECKING:
     from ..chip.scores import ChannelScores, LayerEvidence
     from ..export.laps import Quantiles, Speedup
+    from .cut_preview import CutPreview
     from .recipe import ScoreSection
     from .report import EngineRow
-    from .stages import CutPreview
 
 
 BARS = 16

@@ -138,7 +138,7 @@ def test_a_killed_run_whose_widths_follow_from_scores_goes_on(labelled, tmp_path
     with monkeypatch.context() as patch:
         patch.setattr(stages, "_cut_stage", killed)
         assert main(["prune", *asked, "--out", str(broken)]) == 130
-    monkeypatch.setattr(stages, "_scored", lambda *_: pytest.fail("the scores were made a second time"))
+    monkeypatch.setattr(stages, "scored", lambda *_: pytest.fail("the scores were made a second time"))
     assert main(["prune", *asked, "--out", str(broken), "--resume"]) == 0
     assert (broken / "plan.json").read_bytes() == (whole / "plan.json").read_bytes()
 
@@ -181,7 +181,7 @@ def test_a_criterion_that_can_judge_no_group_says_so_before_any_work(tmp_path, m
 def test_a_budget_out_of_reach_is_refused_before_any_scoring(labelled, tmp_path, monkeypatch, capsys):
     from chip_deploy.pipeline import stages
 
-    monkeypatch.setattr(stages, "_scored", lambda *_: pytest.fail("channels were scored"))
+    monkeypatch.setattr(stages, "scored", lambda *_: pytest.fail("channels were scored"))
     asked = [*labelled, "--macs", "0.001", "--set", "prune.allocation=global"]
     assert main(["prune", *asked, "--out", str(tmp_path / "out")]) == 2
     assert "cannot be reached" in _error(capsys)

@@ -16,7 +16,7 @@ import torch
 from chip_deploy.chip.shortcut import ChannelMap
 from chip_deploy.export.errors import BuildFailed
 from chip_deploy.pipeline import compare_criteria as comparing
-from chip_deploy.pipeline import criteria_latency, stages
+from chip_deploy.pipeline import criteria_latency, engine_stages
 from chip_deploy.pipeline.cli import main
 from chip_deploy.pipeline.criteria_result import CriteriaComparison
 from chip_deploy.pipeline.data import open_data
@@ -264,14 +264,14 @@ def test_targets_that_ask_for_other_widths_are_refused_with_the_multiple_that_ke
     asked = ["--criteria", "l1", "--macs", "0.5", "--seeds", "0", *words([*QUICK[1:], "prune.round_to=4"])]
     assert main(["compare-criteria", *net, *asked, "--out", str(out)]) == 0
     made = read(out)
-    monkeypatch.setattr("chip_deploy.pipeline.stages.width_step", lambda *_: 2)
+    monkeypatch.setattr("chip_deploy.pipeline.recipe_values.width_step", lambda *_: 2)
     capsys.readouterr()
     again = [*asked[:-2], "--resume", "--out", str(out)]
     assert main(["compare-criteria", *net, *again, "--target", "ort-cpu"]) == 2
     sentence = error(capsys)
     assert "widths are multiples of 4, and multiples of 2 are asked for now" in sentence
     assert "Set prune.round_to=4" in sentence
-    monkeypatch.setattr("chip_deploy.pipeline.stages.width_step", lambda *_: 4)
+    monkeypatch.setattr("chip_deploy.pipeline.recipe_values.width_step", lambda *_: 4)
     assert main(["compare-criteria", *net, *again]) == 0
     assert read(out).cells == made.cells
 
@@ -388,7 +388,7 @@ def test_a_mistake_is_one_sentence_before_any_work(net, more, parts, tmp_path, m
     ],
 )
 def test_what_needs_labels_is_refused_where_there_are_none(net, more, parts, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("chip_deploy.pipeline.stages.build_model", lambda *_, **__: pytest.fail("work began"))
+    monkeypatch.setattr("chip_deploy.pipeline.prepared.build_model", lambda *_, **__: pytest.fail("work began"))
     out = tmp_path / "out"
     unlabelled = [*net[:4], "--data", "random:16", "--macs", "0.5", "--set", "data.size=16"]
     assert main(["compare-criteria", *unlabelled, *more, "--out", str(out)]) == 2
@@ -453,7 +453,7 @@ def test_what_is_measured_is_the_network_that_prune_would_ship(tmp_path, monkeyp
     asked = ["--model", "resnet20", "--data", "random:8", "--macs", "0.5", *settings, "--target", "ort-cpu", "--out"]
     # Both seeds end with the same widths; the random scores of the first keep channels that the other's do not.
     with monkeypatch.context() as patch:
-        patch.setattr(stages, "export_onnx", keep)
+        patch.setattr(engine_stages, "export_onnx", keep)
         lists = ["--criteria", "random", "--seeds", "0,1"]
         assert main(["compare-criteria", *lists, *asked, str(tmp_path / "out")]) == 1
     assert main(["prune", "--criterion", "random", *asked, str(tmp_path / "bundle")]) == 0

@@ -18,7 +18,7 @@ from chip_deploy.export.gate import check_gate, parse_requirement
 from chip_deploy.export.golden import engine_agreement, read_golden, write_golden
 from chip_deploy.export.precision import Reference
 from chip_deploy.export.target import read_engine
-from chip_deploy.pipeline import device, stages
+from chip_deploy.pipeline import device, engine_stages, stages
 from chip_deploy.pipeline.cli import main
 from chip_deploy.pipeline.convert import Attempts
 from chip_deploy.pipeline.models import build_model
@@ -251,24 +251,24 @@ def test_an_engine_built_here_whose_outputs_are_wrong_leaves_the_bundle_as_it_wa
 def test_an_engine_that_loses_more_than_its_file_was_allowed_to_is_warned_of(finished) -> None:
     (int8,) = [row for row in read_report(finished).engines if row.precision == "int8"]
     worse = int8.model_copy(update={"accuracy": 0.90})
-    said = stages._over_bound(worse, 0.95, most=4.9)
+    said = engine_stages._over_bound(worse, 0.95, most=4.9)
     assert "engines/ort-cpu.int8.engine loses 5.00 points of top-1" in said
     assert "at most 4.9 may be lost" in said
-    assert stages._over_bound(worse, 0.95, most=5.0) == ""
-    assert stages._over_bound(worse.model_copy(update={"precision": "fp16"}), 0.95, most=1.0) == ""
-    assert stages._over_bound(worse, 0.95, most=None) == ""
+    assert engine_stages._over_bound(worse, 0.95, most=5.0) == ""
+    assert engine_stages._over_bound(worse.model_copy(update={"precision": "fp16"}), 0.95, most=1.0) == ""
+    assert engine_stages._over_bound(worse, 0.95, most=None) == ""
 
 
 def test_the_report_of_a_run_carries_that_warning(arguments, tmp_path, monkeypatch, capsys) -> None:
     out = tmp_path / "bundle"
-    real = stages.measured_row
+    real = engine_stages.measured_row
 
     def worse(*given, **more):
         return real(*given, **more).model_copy(update={"accuracy": 0.0})
 
-    monkeypatch.setattr(stages, "measured_row", worse)
+    monkeypatch.setattr(engine_stages, "measured_row", worse)
     bound = ["--precision", "int8", "--max-drop", "1", "--target", "ort-cpu"]
-    monkeypatch.setattr(stages, "_top1", lambda *_: 0.5)
+    monkeypatch.setattr(engine_stages, "top1", lambda *_: 0.5)
     assert main([*arguments, *bound, "--out", str(out)]) == 0
     report = read_report(out)
     (note,) = [note for note in report.notes if "the engine does not" in note]
@@ -349,10 +349,11 @@ def test_what_cannot_be_is_refused_before_any_work(
 
 def test_the_rest_of_an_int8_network_is_in_fp16_where_tensorrt_alone_runs_it() -> None:
     from chip_deploy.pipeline.recipe import load_recipe
+    from chip_deploy.pipeline.recipe_values import rest_of
 
     def rest(*targets: str, asked: str = "auto") -> str:
         named = {"model.name": "resnet20", "data.name": "digits", "prune.macs": 0.5}
-        return stages._rest(load_recipe(None, {**named, "targets": list(targets), "quantize.rest": asked}))
+        return rest_of(load_recipe(None, {**named, "targets": list(targets), "quantize.rest": asked}))
 
     assert [rest("trt"), rest("trt", "trt-rtx:sm89"), rest("trt", "ort-cpu")] == ["fp16", "fp16", "fp32"]
     assert rest("trt", asked="fp32") == "fp32"

@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from chip_deploy.pipeline import stages
+from chip_deploy.pipeline import prepared
 from chip_deploy.pipeline.cli import main
 from chip_deploy.pipeline.models import build_model
 from chip_deploy.pipeline.report import read_report
@@ -65,7 +65,7 @@ def test_recovery_changes_the_weights_and_is_told_in_the_report(arguments, tmp_p
 def test_a_recovery_that_cannot_be_is_refused_before_any_work(
     arguments, data, way, sentence, tmp_path, monkeypatch, capsys
 ):
-    monkeypatch.setattr(stages, "build_model", lambda *_, **__: pytest.fail("the network was built"))
+    monkeypatch.setattr(prepared, "build_model", lambda *_, **__: pytest.fail("the network was built"))
     out = tmp_path / "out"
     assert main(["prune", *arguments, "--data", data, "--out", str(out), "--set", f"tune.recover={way}"]) == 2
     assert sentence in capsys.readouterr().err

@@ -145,19 +145,19 @@ def test_another_recipe_does_not_touch_a_finished_run(finished, capsys):
 
 def test_a_run_killed_before_it_wrote_its_recipe_can_be_resumed(tmp_path):
     from chip_deploy.pipeline.recipe import load_recipe
-    from chip_deploy.pipeline.stages import _require_own_folder
+    from chip_deploy.pipeline.run_folder import require_own_folder
 
     recipe = load_recipe(None, {"model.name": "resnet20", "data.name": "digits", "prune.macs": 0.5})
     (tmp_path / ".work").mkdir()
-    _require_own_folder(tmp_path, recipe)
+    require_own_folder(tmp_path, recipe)
     (tmp_path / "mine").touch()
     with pytest.raises(ValueError, match="not empty"):
-        _require_own_folder(tmp_path, recipe)
+        require_own_folder(tmp_path, recipe)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no advisory folder locks")
 def test_two_runs_cannot_share_a_folder(tmp_path):
-    from chip_deploy.pipeline.stages import alone_in
+    from chip_deploy.pipeline.run_folder import alone_in
 
     with alone_in(tmp_path), pytest.raises(ValueError, match="another run is working"), alone_in(tmp_path):
         pass
@@ -166,13 +166,13 @@ def test_two_runs_cannot_share_a_folder(tmp_path):
 
 
 def test_a_damaged_cache_is_not_used(tmp_path):
+    from chip_deploy.pipeline.dense import filled_from
     from chip_deploy.pipeline.models import build_model
-    from chip_deploy.pipeline.stages import _filled_from
 
     model = build_model("resnet20", num_classes=10, seed=0).module
     (tmp_path / "dense.safetensors").write_bytes(b"not tensors")
-    assert not _filled_from(tmp_path / "dense.safetensors", model)
-    assert not _filled_from(tmp_path / "missing.safetensors", model)
+    assert not filled_from(tmp_path / "dense.safetensors", model)
+    assert not filled_from(tmp_path / "missing.safetensors", model)
 
 
 def test_a_finished_run_is_used_again_only_while_its_inputs_are_the_same(tmp_path, monkeypatch, capsys):
@@ -221,12 +221,12 @@ def test_code_of_the_user_that_changed_is_run_again(tmp_path, monkeypatch, capsy
 
 def test_a_large_loss_of_accuracy_is_said_aloud():
     from chip_deploy.pipeline.report import Accuracy
-    from chip_deploy.pipeline.stages import _collapse
+    from chip_deploy.pipeline.run_report import collapse_warnings
 
-    (warning,) = _collapse(Accuracy(n=100, dense=0.95, onnx=0.71))
+    (warning,) = collapse_warnings(Accuracy(n=100, dense=0.95, onnx=0.71))
     assert "95.0% to 71.0%" in warning
-    assert _collapse(Accuracy(n=100, dense=0.95, onnx=0.94)) == []
-    assert _collapse(Accuracy()) == []
+    assert collapse_warnings(Accuracy(n=100, dense=0.95, onnx=0.94)) == []
+    assert collapse_warnings(Accuracy()) == []
 
 
 def test_a_changed_file_is_found(finished, tmp_path, capsys):

@@ -8,8 +8,8 @@ from rich.table import Table
 
 from chip_deploy.export.laps import Quantiles, Speedup
 from chip_deploy.export.measure import BatchRow
+from chip_deploy.pipeline.cut_preview import CutPreview, CutRow
 from chip_deploy.pipeline.report import EngineRow
-from chip_deploy.pipeline.stages import CutPreview, CutRow
 from chip_deploy.pipeline.tables import engine_sentences, engine_table, preview_table
 
 
