@@ -8,6 +8,9 @@ from pydantic import BaseModel, ConfigDict
 
 from .quantize import QuantLayer
 
+# A count of images is exact, a bound in points a decimal fraction of them: far below one image of any data set.
+ROUNDING = 1e-9
+
 
 class Sensitivity(BaseModel):
     """What a network loses when one layer alone is quantised.

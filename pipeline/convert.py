@@ -13,7 +13,7 @@ from ..export.bundle import onnx_name
 from ..export.errors import ConversionFailed
 from ..export.precision import QUANTISED, Conversion, Converter, QuantizeSettings, Reference, Rest, require_finite
 from ..export.quantize import QuantLayer
-from ..export.sensitivity import Sensitivity, fewest_left_out
+from ..export.sensitivity import ROUNDING, Sensitivity, fewest_left_out
 from .report import PrecisionRow
 
 # Shape letters: N images, K outputs of each.
@@ -21,9 +21,6 @@ from .report import PrecisionRow
 Progress = Callable[[float, str], None]
 Judge = Callable[[Reference], np.ndarray]
 """What a network gives for every evaluation image: (N, K)."""
-
-# A count of images is exact, the bound is a decimal fraction of them: this is far below one image of any data set.
-ROUNDING = 1e-9
 
 
 @dataclass(frozen=True)

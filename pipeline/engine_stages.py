@@ -20,10 +20,9 @@ from ..export.machine import fingerprint, read_machine
 from ..export.measure import LatencyProtocol, laps_path
 from ..export.onnx_export import OnnxInfo, export_onnx
 from ..export.precision import QUANTISED, Reference
-from ..export.target import Target, engine_path, read_engine
+from ..export.target import engine_path, read_engine
 from ..export.target_torch import PROGRAM_PRECISIONS, TorchTarget, program_path, write_program
-from . import report as reports
-from .convert import ROUNDING, Evidence, convert_networks
+from .convert import Evidence, convert_networks
 from .data import Progress, normalise
 from .device import agreement_check, measured_row, unmeasured_row
 from .evaluation import evaluation_key, outputs_of, top1
@@ -174,9 +173,8 @@ def build_stage(ready: Prepared, journal: Journal, files: OnnxFiles) -> StageRes
     """One engine file and sidecar for each target and precision."""
 
     def make(folder: Path) -> Mapping[str, Any]:
-        wanted = _engines(ready)
-        for count, (target, precision) in enumerate(wanted):
-            journal.display.progress(count / len(wanted), f"{target.spec} {precision}")
+        for count, (target, precision) in enumerate(ready.engines):
+            journal.display.progress(count / len(ready.engines), f"{target.spec} {precision}")
             path = engine_path(folder, target.spec, precision)
             check = agreement_check(lambda: read_golden(files.golden.parent))
             build_best(target, files.path("model", precision), path, precision=precision, check=check)
@@ -188,20 +186,14 @@ def build_stage(ready: Prepared, journal: Journal, files: OnnxFiles) -> StageRes
     return journal.stage("build", inputs, make)
 
 
-def measure_stage(
-    ready: Prepared, journal: Journal, files: OnnxFiles, built: StageResult, *, before: float | None
-) -> StageResult:
-    """Every engine that this machine can run, in turns with the dense network; the others with the reason why not.
-
-    `before`: the accuracy of the FP32 file.
-    """
-    recipe = ready.recipe
-    asked = recipe.measure.model_dump() | {"seed": recipe.seed}
+def measure_stage(ready: Prepared, journal: Journal, files: OnnxFiles, built: StageResult) -> StageResult:
+    """Every engine that this machine can run, in turns with the dense network; the others with the reason why not."""
+    asked = ready.recipe.measure.model_dump() | {"seed": ready.recipe.seed}
 
     def make(folder: Path) -> Mapping[str, Any]:
         golden = read_golden(files.golden.parent)
-        rows, warnings = [], []
-        for target, precision in _engines(ready):
+        rows = []
+        for target, precision in ready.engines:
             path = engine_path(built.folder, target.spec, precision)
             engine = read_engine(path)
             reason = target.cannot_run(engine)
@@ -218,26 +210,19 @@ def measure_stage(
                 laps_file=folder / laps_path(path).name,
                 judge=lambda session: top1(outputs_of(session, ready.test, journal.display.progress), ready),
             )
-            if over := _over_bound(row, before, most=recipe.quantize.max_drop):
-                warnings.append(f"WARNING: {over}")
-                row = row.model_copy(update={"reason": f"{row.reason} {warnings[-1]}"})
             rows.append(row)
             for advice in row.watch.advice if row.watch else []:
                 journal.display.note(advice)
-        return {"engines": [row.model_dump(mode="json") for row in rows], "warnings": warnings}
+        return {"engines": [row.model_dump(mode="json") for row in rows]}
 
     inputs = {
-        "bound": [recipe.quantize.max_drop, before],
         "built": built.digest,
         "onnx": files.digest,
         "measure": asked,
         "machine": fingerprint(read_machine()),
         "test": evaluation_key(ready),
     }
-    result = journal.stage("measure", inputs, make)
-    for warning in result.facts["warnings"]:
-        journal.display.note(warning)
-    return result
+    return journal.stage("measure", inputs, make)
 
 
 def _wants_programs(ready: Prepared) -> bool:
@@ -265,24 +250,4 @@ def _evidence(ready: Prepared, outputs: np.ndarray, progress: Progress) -> Evide
         outputs=outputs,
         labels=ready.test.labels.numpy() if ready.data.has_accuracy else None,
         judge=lambda session: outputs_of(session, ready.test, progress),
-    )
-
-
-def _engines(ready: Prepared) -> list[tuple[Target, str]]:
-    return [(target, precision) for target in ready.targets for precision in ready.recipe.export.precision]
-
-
-def _over_bound(row: reports.EngineRow, before: float | None, *, most: float | None) -> str:
-    """What is wrong with an 8-bit engine that loses more than `most` points of top-1; empty for any other.
-
-    The bound was kept by its ONNX file, and an engine may compute otherwise.
-    """
-    if most is None or before is None or row.accuracy is None or row.precision not in QUANTISED:
-        return ""
-    drop = 100 * (before - row.accuracy)
-    if drop <= most + ROUNDING:
-        return ""
-    return (
-        f"{row.file} loses {drop:.2f} points of top-1 on the evaluation images, and at most {most:g} may be lost: its "
-        "ONNX file keeps the bound, the engine does not. Lower --max-drop, or take another precision."
     )

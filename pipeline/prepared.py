@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -17,7 +18,7 @@ from ..chip.groups import ChannelGraph, ChannelGroup
 from ..chip.plan import PrunePlan, make_plan, weights_digest
 from ..chip.scores import ChannelScores
 from ..chip.surgery import apply_plan, prove
-from ..export.target import Target, parse_target, require_precision, require_usable
+from ..export.target import Target, parse_target, require_usable
 from ..export.targets import make_target
 from .data import DataSet, Images, default_size, normalise, open_data
 from .display import Display
@@ -32,6 +33,7 @@ from .refusals import (
     require_labels,
     require_left_out,
     require_no_turing_products,
+    require_precisions,
     require_weights,
 )
 from .score_file import read_scores, require_score_file
@@ -63,6 +65,19 @@ class Prepared:
     """Digest of the dense network as it is before any weights are loaded, and of the user's code behind it."""
 
     @property
+    def engines(self) -> list[tuple[Target, str]]:
+        """Each target with each of the precisions that it takes."""
+        asked = product(self.targets, self.recipe.export.precision)
+        return [(target, precision) for target, precision in asked if not target.refuses(precision)]
+
+    @property
+    def left_out(self) -> list[str]:
+        """For each precision that a target does not take while another does: that it is left out, and why."""
+        asked = product(self.targets, self.recipe.export.precision)
+        refused = [(target.spec, precision, target.refuses(precision)) for target, precision in asked]
+        return [f"{what} is left out for target '{spec}': {why}" for spec, what, why in refused if why]
+
+    @property
     def trains_dense(self) -> bool:
         """Whether the dense model has to be trained first."""
         return self.recipe.model.weights is None and self.data.has_accuracy
@@ -86,12 +101,10 @@ def prepare(
     targets = [
         make_target(parse_target(text), threads=recipe.measure.threads, options=recipe.build) for text in recipe.targets
     ]
-    for target in targets if needs_cut and needs_engines else []:
-        require_usable(target)
-        for precision in recipe.export.precision:
-            require_precision(target, precision)
     if needs_cut and needs_engines:
-        require_usable(reference_target())
+        for target in [*targets, reference_target()]:
+            require_usable(target)
+        require_precisions(targets, recipe.export.precision)
     require_free_batch(recipe)
     if recipe.model.weights is not None and not Path(recipe.model.weights).is_file():
         raise FileNotFoundError(f"{recipe.model.weights}: no such weights file. Check --weights.")
@@ -137,6 +150,8 @@ def prepare(
         _sampled(data.test, recipe.data.eval_images, recipe.seed, "data.eval_images", otherwise=len(data.test)),
         network,
     )
+    for sentence in ready.left_out:
+        display.note(sentence)
     if recipe.score.file is not None:
         read_scores(recipe, groups, built.module, check_weights=not ready.trains_dense)
     if needs_cut:

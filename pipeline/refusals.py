@@ -13,13 +13,25 @@ from ..export.bundle import onnx_name
 from ..export.errors import TargetUnavailable
 from ..export.onnx_export import export_onnx
 from ..export.precision import QUANTISED, require_quantisable
-from ..export.target import Target
+from ..export.target import Target, require_precision
 from .data import DataSet
 from .device import TENSORRT
 from .recipe import Recipe
 from .recipe_values import rest_of
 
 SMALL_SET = 20_000  # a data set with at most so many training images may train its own dense model
+
+
+def require_precisions(targets: Sequence[Target], precisions: Sequence[str]) -> None:
+    """Nothing, if each target takes one of the precisions at least, and each precision is taken by a target.
+
+    Raises: TargetUnavailable with the reason.
+    """
+    refused = [(target, precision) for target in targets for precision in precisions if target.refuses(precision)]
+    for target, precision in refused:
+        others = any((target, other) not in refused for other in precisions)
+        if not others or all((each, precision) in refused for each in targets):
+            require_precision(target, precision)
 
 
 def require_free_batch(recipe: Recipe) -> None:

@@ -27,7 +27,15 @@ from .report_latency import (
     measured_views,
 )
 from .report_layers import layers_views
-from .report_precision import accuracy_in, precision_views, ranking_sentences, rankings, to_fp32, type_sentences
+from .report_precision import (
+    accuracy_in,
+    over_bound,
+    precision_views,
+    ranking_sentences,
+    rankings,
+    to_fp32,
+    type_sentences,
+)
 
 if TYPE_CHECKING:
     from ..export.laps import Quantiles
@@ -109,7 +117,7 @@ def summary_table(report: Report) -> Group:
                     Text(f"  {row.label}"), *(Text(wording.ascii_minus(cell), style=style) for cell in row.cells)
                 )
     ranked = [Text(wording.ascii_minus(sentence)) for sentence in ranking_sentences(report)]
-    return Group(table, *map(_spoken_verdict, report.engines), *ranked)
+    return Group(table, *(_spoken_verdict(report, engine) for engine in report.engines), *ranked)
 
 
 def pages_unavailable() -> str | None:
@@ -290,12 +298,11 @@ def _efficiency_row(report: Report, engine: EngineRow) -> Row:
     return Row("Efficiency", ("", share, reduction.replace("\u00a0", " ")), f"{share} ({speedup}, {reduction})")
 
 
-def _spoken_verdict(engine: EngineRow) -> Text:
+def _spoken_verdict(report: Report, engine: EngineRow) -> Text:
     """One engine's verdict as a sentence of the terminal, with the reason where the table above does not show it."""
     reason = "" if engine.verdict == "faster" else wording.ascii_minus(wording.sentence(engine.reason))
-    return Text.assemble(
-        f"{engine_name(engine)}: ", (engine.verdict, VERDICT_STYLE[engine.verdict]), f". {reason}" if reason else "."
-    )
+    further = [f" {each}" for each in (reason, over_bound(report, engine)) if each]
+    return Text.assemble(f"{engine_name(engine)}: ", (engine.verdict, VERDICT_STYLE[engine.verdict]), ".", *further)
 
 
 def _cards(report: Report) -> list[Card]:
@@ -310,7 +317,7 @@ def _cards(report: Report) -> list[Card]:
             interval=intervals.get(engine.file),
             bounds="" if engine.speedup is None else interval_text(engine.speedup),
             medians=_medians(engine),
-            reason=_card_reason(engine),
+            reason=" ".join(filter(None, (_card_reason(engine), over_bound(report, engine)))),
             trust=list(_trust(engine)),
         )
         for anchor, engine in zip(anchors(report.engines), report.engines, strict=True)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
+from ..export.precision import QUANTISED
+from ..export.sensitivity import ROUNDING
 from . import quantities, wording
 from .report_latency import engine_name
 
@@ -102,6 +104,24 @@ def to_fp32(report: Report, value: float | None) -> str:
     """An accuracy's distance from that of the FP32 file, in points."""
     before = report.accuracy.onnx
     return "" if before is None or value is None else quantities.points(value - before, report.accuracy.n)
+
+
+def over_bound(report: Report, engine: EngineRow) -> str:
+    """What is wrong with an 8-bit engine that loses more of top-1 than was allowed; empty for any other.
+
+    The bound was kept by its ONNX file, and an engine may compute otherwise.
+    """
+    before, after = report.accuracy.onnx, engine.accuracy
+    most = report.recipe.get("quantize", {}).get("max_drop")
+    if most is None or before is None or after is None or engine.precision not in QUANTISED:
+        return ""
+    drop = 100 * (before - after)
+    if drop <= most + ROUNDING:
+        return ""
+    return (
+        f"WARNING: {engine.file} loses {drop:.2f} points of top-1 on the evaluation images, and at most {most:g} may "
+        "be lost: its ONNX file keeps the bound, the engine does not. Lower --max-drop, or take another precision."
+    )
 
 
 def _by_latency(engines: Sequence[EngineRow]) -> list[EngineRow]:

@@ -16,6 +16,7 @@ from .journal import Journal, StageResult
 from .prepared import Prepared
 from .provenance import versions
 from .recipe_values import BY_SCORES, budget_of
+from .report_precision import over_bound
 from .stage_files import read_plan
 
 ALARM = 0.02  # a loss of accuracy above two points is said aloud
@@ -41,7 +42,7 @@ def make_report(
         "onnx": facts["agree"]["accuracy"],
     }
     accuracy = reports.Accuracy(n=len(ready.test) if ready.data.has_accuracy else 0, **accuracies)
-    return reports.Report(
+    report = reports.Report(
         title=f"{recipe.model.name} on {recipe.data.name}",
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         model=recipe.model.name,
@@ -71,13 +72,13 @@ def make_report(
         versions=versions(),
         recipe=recipe.model_dump(mode="json"),
         digests={name.removesuffix("_sha256").replace("_", " "): digest for name, digest in lineage.items() if digest},
-        notes=[
-            *collapse_warnings(accuracy),
-            *precision_warnings(_precision_rows(facts), accuracy.onnx),
-            *facts["measure"]["warnings"],
-            *_notes(ready, facts, plan),
-        ],
     )
+    warnings = [
+        *collapse_warnings(accuracy),
+        *precision_warnings(_precision_rows(facts), accuracy.onnx),
+        *_over_bounds(report),
+    ]
+    return report.model_copy(update={"notes": [*warnings, *_notes(ready, facts, plan)]})
 
 
 def collapse_warnings(accuracy: reports.Accuracy) -> list[str]:
@@ -128,10 +129,16 @@ def _group_reports(stages: Mapping[str, StageResult], plan: PrunePlan) -> list[r
     return found
 
 
+def _over_bounds(report: reports.Report) -> list[str]:
+    """A warning for each 8-bit engine that loses more than was allowed."""
+    return [warning for engine in report.engines if (warning := over_bound(report, engine))]
+
+
 def _notes(ready: Prepared, facts: Mapping[str, Mapping[str, Any]], plan: PrunePlan) -> list[str]:
     flops = facts["cut"]["paper_flops"]
     protected = [f"{group.layer} ({group.protected})" for group in ready.groups if group.protected]
     return [
+        *ready.left_out,
         *facts["dense"]["notes"],
         (
             f"the cut was proved in float64: largest relative gap to the dense network with the same channels silenced "

@@ -181,7 +181,7 @@ def _run(ready: Prepared, out: Path, display: Display, command: str) -> reports.
     converted = convert_stage(ready, journal, onnx, agreed, plan, tuned) if lower_precisions(ready) else None
     files = OnnxFiles(onnx, converted)
     built = build_stage(ready, journal, files)
-    measured = measure_stage(ready, journal, files, built, before=agreed.facts["accuracy"])
+    measured = measure_stage(ready, journal, files, built)
     stages = {
         "dense": dense, "score": scores, "plan": plan, "cut": cut, "tune": tuned, "export": onnx, "agree": agreed,
         **({"convert": converted} if converted else {}), "build": built, "measure": measured,

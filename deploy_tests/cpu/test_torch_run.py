@@ -111,6 +111,17 @@ def test_a_precision_without_a_program_stops_the_run_before_any_work(tmp_path: P
     assert "target 'torch' takes no fp8: its programs are floating-point throughout." in err
 
 
+def test_a_precision_that_one_of_two_targets_takes_is_left_out_for_the_other_aloud(tmp_path: Path) -> None:
+    out = tmp_path / "bundle"
+    code, err = run(out, "--target", "ort-cpu", "--target", "torch", "--precision", "fp32,bf16")
+    assert code == 0, err
+    report = read_report(out)
+    made = [(row.target, row.precision) for row in report.engines]
+    assert made == [("ort-cpu", "fp32"), ("torch", "fp32"), ("torch", "bf16")]
+    (note,) = [note for note in report.notes if "left out" in note]
+    assert note.startswith("bf16 is left out for target 'ort-cpu': ")
+
+
 def test_without_a_torch_target_no_program_is_written(tmp_path: Path) -> None:
     code, err = run(tmp_path / "bundle", "--target", "ort-cpu")
     assert code == 0, err
