@@ -17,7 +17,7 @@ from . import report as reports
 from .journal import StageResult
 from .prepared import Prepared
 from .provenance import source_digest, versions
-from .recipe import Recipe, recipe_digest, recipe_toml
+from .recipe import Recipe, load_recipe, recipe_digest
 
 RECIPE_FILE = "recipe.toml"
 BUNDLE_FILES = (
@@ -66,7 +66,7 @@ def require_own_folder(out: Path, recipe: Recipe) -> None:
     found = [path for path in (out / RECIPE_FILE, out / WORK / RECIPE_FILE) if path.is_file()]
     if not found:
         raise ValueError(f"{out} is not empty and holds no run of this tool. Give another --out, or empty it.")
-    if any(path.read_text(encoding="utf-8") != recipe_toml(recipe) for path in found):
+    if not all(_holds(path, recipe) for path in found):
         raise ValueError(f"{out} holds the run of another recipe. Give another --out, or remove {out}.")
 
 
@@ -150,6 +150,14 @@ def place_files(out: Path, stages: Mapping[str, StageResult]) -> None:
     laps = sorted(stages["measure"].folder.glob("*.latency.json.gz"))
     for path in (*engines, *laps):
         _copy_atomically(path, out / "engines" / path.name)
+
+
+def _holds(path: Path, recipe: Recipe) -> bool:
+    """Whether a file has that recipe; what an earlier version did not know yet is as it is by default."""
+    try:
+        return load_recipe(path) == recipe
+    except ValueError:
+        return False
 
 
 def _converted_files(stages: Mapping[str, StageResult]) -> list[Path]:

@@ -16,7 +16,9 @@ import torch
 
 from chip_deploy.export.bundle import verify_bundle
 from chip_deploy.pipeline.cli import main
+from chip_deploy.pipeline.recipe import load_recipe, recipe_toml
 from chip_deploy.pipeline.report import read_report
+from chip_deploy.pipeline.run_folder import require_own_folder
 
 SAME = ("plan.json", "scores.safetensors", "model.safetensors", "model.onnx", "dense.onnx", "golden.npz", "recipe.toml")
 QUICK = [
@@ -134,6 +136,15 @@ def test_resuming_a_finished_run_changes_nothing(finished):
     done = _run(finished, finished.parent / "cache", "--resume")
     assert done.returncode == 0, done.stderr
     assert {path: path.stat().st_mtime_ns for path in finished.rglob("*")} == before
+
+
+def test_a_folder_is_ones_own_whose_recipe_is_older_than_some_settings(tmp_path):
+    recipe = load_recipe(None, {"model.name": "resnet20", "data.name": "digits", "prune.macs": 0.5})
+    text = recipe_toml(recipe)
+    (tmp_path / "recipe.toml").write_text(text[: text.index("[build]")] + text[text.index("[measure]") :], "utf-8")
+    require_own_folder(tmp_path, recipe)
+    with pytest.raises(ValueError, match="another recipe"):
+        require_own_folder(tmp_path, recipe.model_copy(update={"seed": 1}))
 
 
 def test_another_recipe_does_not_touch_a_finished_run(finished, capsys):
