@@ -105,6 +105,8 @@ def _parse_shape(spelled: str, text: str) -> Shape:
     shape = tuple(int(size) for size in spelled.strip().split("x"))
     if 0 in shape:
         raise ValueError(f"shapes {text!r}: {spelled!r} has an axis of 0. Every axis is at least 1.")
+    if max(shape) >= 1 << 31:
+        raise ValueError(f"shapes {text!r}: {spelled!r} has an axis of 2**31 or more. Every axis is below that.")
     return shape
 
 

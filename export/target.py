@@ -61,7 +61,7 @@ class BuildOptions(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     shapes: tuple[str, ...] = Field(default=(), strict=False)
-    workspace_mib: int | None = Field(default=None, ge=1)
+    workspace_mib: int | None = Field(default=None, ge=1, le=1 << 33)
     optimization_level: int | None = Field(default=None, ge=0, le=5)
     hardware_compatibility: Literal["none", "ampere-plus", "same-compute-capability"] = "none"
     version_compatible: bool = False

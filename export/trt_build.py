@@ -19,6 +19,7 @@ from .shapes import Profile, profiles_for
 from .target import BuildOptions
 from .trt_caches import CacheFile
 from .trt_log import collecting_logger, construct, release
+from .trt_stop import stoppable_build
 
 MIB = 1 << 20
 # Operators of this version of ONNX are the newest there are as this is written; TensorRT does not look at the number.
@@ -64,7 +65,8 @@ def build_plan(
     _set_capabilities(trt, config, capabilities, onnx_path)
     profiles = _add_profiles(builder, network, config, options, onnx_path)
     used = _use_timings(config, timing_cache)
-    data = builder.build_serialized_network(network, config)
+    with stoppable_build(trt, config):
+        data = builder.build_serialized_network(network, config)
     if data is None:
         raise BuildFailed(f"{onnx_path}: {release(trt)} built no engine{_with_options(options)}: {log.text()}.")
     flags: dict[str, Any] = {
@@ -132,7 +134,12 @@ def _set_options(trt: Any, config: Any, options: BuildOptions, onnx_path: Path) 
         config.builder_optimization_level = options.optimization_level
     if not options.tf32:
         config.clear_flag(trt.BuilderFlag.TF32)
-    flags = {"VERSION_COMPATIBLE": options.version_compatible, "REFIT": options.refit, "STRIP_PLAN": options.strip}
+    flags = {
+        "VERSION_COMPATIBLE": options.version_compatible,
+        "REFIT": options.refit,
+        "STRIP_PLAN": options.strip,
+        "REFIT_IDENTICAL": options.strip and not options.refit,  # the weights that it is loaded with are its own
+    }
     for name, asked in flags.items():
         if asked:
             config.set_flag(_member(trt, "BuilderFlag", name, onnx_path))
@@ -193,7 +200,8 @@ def _use_timings(config: Any, file: CacheFile | None) -> str:
 def _keep_timings(config: Any, file: CacheFile, used: str) -> str:
     """Keep what the builder has timed; the sidecar's word for how the cache was used."""
     cache = config.get_timing_cache()
-    reason = file.write(bytes(cache.serialize())) if cache is not None else "the builder gave none back"
+    timings = cache.serialize() if cache is not None else None
+    reason = file.write(bytes(timings)) if timings is not None else "the builder gave none back"
     return used if reason is None else f"{used}, not kept ({reason})"
 
 

@@ -8,6 +8,7 @@ in a JSON file beside it, with its digest.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -75,12 +76,21 @@ def cache_folder() -> Path:
         return Path(named)
     if sys.platform == "win32" and os.environ.get("LOCALAPPDATA"):
         return Path(os.environ["LOCALAPPDATA"]) / "chip-deploy"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "chip-deploy"
+    return Path(os.environ.get("XDG_CACHE_HOME") or _home() / ".cache") / "chip-deploy"
 
 
 def _file_name(key: Mapping[str, str]) -> str:
     """The key as a part of a file name; two keys that look alike are told apart by the file's description."""
     return "-".join(re.sub(r"[^a-z0-9.]+", "-", value.lower()).strip("-") for value in key.values())
+
+
+@functools.cache
+def _home() -> Path:
+    """The user's folder; one for this process alone where the user has none, as in a container under a free number."""
+    try:
+        return Path.home()
+    except RuntimeError:
+        return Path(tempfile.mkdtemp(prefix="chip-deploy-"))
 
 
 def _replace(path: Path, data: bytes) -> None:

@@ -57,6 +57,7 @@ def test_what_is_written_is_read_again(inputs: dict[str, tuple[int, ...]]) -> No
         ("input:1*3", r"'1\*3' is no shape such as"),
         ("input:-1x3", "'-1x3' is no shape such as"),
         ("input:0x3", "'0x3' has an axis of 0"),
+        ("input:1x99999999999999999999", "has an axis of 2..31 or more"),
         ("input:1x3,input:2x3", "input 'input' is given twice"),
         ("input:8x3/1x3/32x3", "8x3/1x3/32x3 is not in the order smallest, expected, largest"),
         ("input:1x3/8x3/32x2", "is not in the order smallest, expected, largest"),

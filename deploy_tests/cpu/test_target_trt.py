@@ -629,9 +629,10 @@ def standard_tensorrt(config: ConfigStandIn, *, levels: tuple[str, ...] = ("NONE
         __name__="tensorrt",
         __version__="10.3.0",
         Builder=lambda log: builder,
-        BuilderFlag=Members("TF32", "REFIT", "STRIP_PLAN", "VERSION_COMPATIBLE"),
+        BuilderFlag=Members("TF32", "REFIT", "REFIT_IDENTICAL", "STRIP_PLAN", "VERSION_COMPATIBLE"),
         HardwareCompatibilityLevel=Members(*levels),
         ILogger=LoggerStandIn,
+        IProgressMonitor=object,
         MemoryPoolType=Members("WORKSPACE"),
         NetworkDefinitionCreationFlag=Members("STRONGLY_TYPED"),
         OnnxParser=lambda network, log: SimpleNamespace(parse=lambda data, path: True),
@@ -673,9 +674,23 @@ def test_an_engine_that_later_versions_may_load_warns_of_the_code_in_it(onnx_pat
 def test_an_engine_without_weights_names_the_file_that_has_them(onnx_path: Path) -> None:
     config = ConfigStandIn()
     plan = build_plan(standard_tensorrt(config), onnx_path, BuildOptions(strip=True, refit=True))
-    assert {"STRIP_PLAN", "REFIT"} <= config.flags
+    assert config.flags == {"TF32", "STRIP_PLAN", "REFIT"}
     digest = hashlib.sha256(onnx_path.read_bytes()).hexdigest()
     assert plan.flags["weights"] == {"file": "model.onnx", "sha256": digest}
+
+
+def test_an_engine_without_weights_is_filled_with_the_same_ones_where_no_others_were_asked_for(onnx_path: Path) -> None:
+    config = ConfigStandIn()
+    build_plan(standard_tensorrt(config), onnx_path, BuildOptions(strip=True))
+    assert config.flags == {"TF32", "STRIP_PLAN", "REFIT_IDENTICAL"}
+
+
+def test_timings_that_the_builder_does_not_give_are_no_failure(onnx_path: Path, tmp_path: Path) -> None:
+    config = ConfigStandIn()
+    config.get_timing_cache = lambda: SimpleNamespace(serialize=lambda: None)
+    file = CacheFile(tmp_path / "x.timing", {"gpu": "Orin"})
+    plan = build_plan(standard_tensorrt(config), onnx_path, BuildOptions(), timing_cache=file)
+    assert plan.flags["timing_cache"] == "new, not kept (the builder gave none back)"
 
 
 def test_a_level_that_this_release_does_not_have_is_refused_by_name(onnx_path: Path) -> None:

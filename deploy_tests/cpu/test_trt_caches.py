@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from chip_deploy.export import trt_caches
 from chip_deploy.export.trt_caches import (
     FOLDER_VARIABLE,
     CacheFile,
@@ -86,6 +87,25 @@ def test_the_folder_is_the_one_that_the_environment_names(tmp_path: Path, monkey
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert cache_folder() == tmp_path / ".cache" / "chip-deploy"
+
+
+def test_a_user_without_a_folder_has_a_cache_for_as_long_as_the_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    for name in (FOLDER_VARIABLE, "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("sys.platform", "linux")
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr(Path, "home", homeless)
+    trt_caches._home.cache_clear()
+    file = CacheFile(cache_folder() / "x.timing", {"gpu": "Orin"})
+    assert file.write(b"timed") is None
+    assert file.path.is_relative_to(tmp_path)
+    assert CacheFile(cache_folder() / "x.timing", {"gpu": "Orin"}).read() == b"timed"
+    trt_caches._home.cache_clear()
 
 
 def test_every_part_of_the_key_is_in_the_name_which_is_fit_for_any_file_system() -> None:

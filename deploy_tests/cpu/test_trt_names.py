@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from chip_deploy.export import target_trt, trt_build, trt_log, trt_session
+from chip_deploy.export import target_trt, trt_build, trt_log, trt_session, trt_stop
 from chip_deploy.export.target_trt import load_cudart
 
 NO_RTX = importlib.util.find_spec("tensorrt_rtx") is None
@@ -41,6 +41,7 @@ KINDS: dict[ModuleType, dict[str, str]] = {
         "profile": "IOptimizationProfile",
         "tensor": "ITensor",
     },
+    trt_stop: {"trt": "module", "trt.IProgressMonitor": "IProgressMonitor"},
     trt_session: {
         "trt": "module",
         "self._trt": "module",
@@ -128,7 +129,7 @@ def test_a_name_that_does_not_exist_would_be_found() -> None:
 @pytest.mark.parametrize(
     ("kind", "names", "lacking"),
     [
-        ("BuilderFlag", ("VERSION_COMPATIBLE", "REFIT", "STRIP_PLAN"), {}),
+        ("BuilderFlag", ("VERSION_COMPATIBLE", "REFIT", "REFIT_IDENTICAL", "STRIP_PLAN"), {}),
         ("HardwareCompatibilityLevel", ("AMPERE_PLUS",), {}),
         ("HardwareCompatibilityLevel", ("SAME_COMPUTE_CAPABILITY",), {"10.3.0"}),
     ],
