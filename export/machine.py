@@ -10,18 +10,17 @@ import json
 import os
 import platform
 import re
-import shutil
-import subprocess
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict
 
+from .nvidia import ask_smi, find_gpu, nvml_device
 from .target import cpu_isa
 
 PROC = Path("/proc")
 SYSFS = Path("/sys")
-NVIDIA_SMI_SECONDS = 10
+SMI_FIELDS = ("name", "compute_cap", "driver_version")
 # What makes two machines one for a latency. Load, governor and memory in use change from minute to minute, and
 # the kernel and Python from update to update; all of these are recorded, none of them decides.
 IDENTITY = ("system", "cpu", "cores", "isa", "gpu", "sm", "driver")
@@ -53,7 +52,7 @@ class Machine(BaseModel):
 
 
 class GpuFacts(NamedTuple):
-    """The first NVIDIA GPU, as far as the machine tells."""
+    """The GPU that CUDA counts first, as far as the machine tells."""
 
     name: str | None = None
     sm: str | None = None
@@ -136,11 +135,14 @@ def governor(sysfs: Path = SYSFS) -> str | None:
 
 
 def read_gpu() -> GpuFacts:
-    """The first NVIDIA GPU: from nvidia-ml-py where it can be imported, else nvidia-smi, else the CUDA driver.
+    """The GPU that CUDA counts first: name and compute capability as the CUDA driver tells them, which a Jetson's
+    nvidia-smi does not, and the version of the driver from nvidia-ml-py where it can be imported, else nvidia-smi.
 
-    A Jetson has the CUDA driver only; its driver version stays None.
+    Where CUDA has no GPU, all of it is theirs.
     """
-    return _gpu_from_nvml() or _gpu_from_nvidia_smi() or _gpu_from_cuda()
+    told = _gpu_from_nvml() or parse_nvidia_smi(ask_smi(*SMI_FIELDS)) or GpuFacts()
+    gpu = find_gpu()
+    return told if isinstance(gpu, str) else told._replace(name=gpu.name, sm=gpu.sm)
 
 
 def _gpu_from_nvml() -> GpuFacts | None:
@@ -153,7 +155,7 @@ def _gpu_from_nvml() -> GpuFacts | None:
     except pynvml.NVMLError:
         return None
     try:
-        device = pynvml.nvmlDeviceGetHandleByIndex(0)
+        device = nvml_device(pynvml)
         major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(device)
         name, driver = pynvml.nvmlDeviceGetName(device), pynvml.nvmlSystemGetDriverVersion()
         return GpuFacts(_decoded(name), f"sm{major}{minor}", _decoded(driver))
@@ -164,20 +166,8 @@ def _gpu_from_nvml() -> GpuFacts | None:
             pynvml.nvmlShutdown()
 
 
-def _gpu_from_nvidia_smi() -> GpuFacts | None:
-    program = shutil.which("nvidia-smi")
-    if program is None:
-        return None
-    query = [program, "--query-gpu=name,compute_cap,driver_version", "--format=csv,noheader"]
-    try:
-        done = subprocess.run(query, capture_output=True, text=True, timeout=NVIDIA_SMI_SECONDS, check=True)
-    except (OSError, ValueError, subprocess.SubprocessError):
-        return None
-    return parse_nvidia_smi(done.stdout)
-
-
 def parse_nvidia_smi(text: str) -> GpuFacts | None:
-    """The first GPU of `nvidia-smi --query-gpu=name,compute_cap,driver_version --format=csv,noheader`.
+    """The first GPU of nvidia-smi's answer about SMI_FIELDS in csv,noheader,nounits.
 
     >>> parse_nvidia_smi("NVIDIA L4, 8.9, 580.65.06")
     GpuFacts(name='NVIDIA L4', sm='sm89', driver='580.65.06')
@@ -186,18 +176,11 @@ def parse_nvidia_smi(text: str) -> GpuFacts | None:
         row = next(csv.reader(text.splitlines(), skipinitialspace=True), [])
     except csv.Error:
         return None
-    if len(row) != 3:
+    if len(row) != len(SMI_FIELDS):
         return None
     name, capability, driver = (field.strip() for field in row)
     sm = f"sm{capability.replace('.', '')}" if re.fullmatch(r"\d+\.\d", capability) else None
-    return GpuFacts(name, sm, driver or None)
-
-
-def _gpu_from_cuda() -> GpuFacts:
-    from .target_trt import find_gpu
-
-    gpu = find_gpu()
-    return GpuFacts() if isinstance(gpu, str) else GpuFacts(gpu.name, gpu.sm)
+    return GpuFacts(name, sm, driver if driver[:1].isdigit() else None)
 
 
 def _text(path: Path) -> str:

@@ -92,7 +92,8 @@ class PathTimes(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     device_compute: Quantiles
-    """Inputs and outputs stay on the device; CUDA events around the execution."""
+    """Inputs and outputs stay on the device; CUDA events around the execution. A lap begins on an idle device, so the
+    time in which the host submits the execution counts as far as the device waits for it."""
     with_transfers: Quantiles
     """Inputs copied to the device before, outputs copied back after; CUDA events around all of it."""
     host_end_to_end: Quantiles
@@ -103,7 +104,7 @@ class PathTimes(BaseModel):
 
 
 class GpuTimes(BaseModel):
-    """The three numbers of both networks on a GPU."""
+    """The three numbers of both networks on a GPU, each from an idle device on, which waits for the host to submit."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 

@@ -13,9 +13,10 @@ import re
 import shutil
 import subprocess
 import sys
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict
 
@@ -37,6 +38,16 @@ SYSTEM_PACKAGES = {
 # The folders under which Linux keeps a Jetson's GPU clock: by the chip, or plainly.
 JETSON_GPUS = re.compile(r".*(gpu|ga10b|gv11b|gp10b|gb10b)(-gpc-0)?$")
 SMI_CLOCKS = ("clocks.sm", "clocks.max.sm", "clocks.mem", "clocks.max.mem")
+CU_COMPUTE_CAPABILITY_MAJOR = 75
+CU_COMPUTE_CAPABILITY_MINOR = 76
+
+
+class Gpu(NamedTuple):
+    """The first CUDA device: its name, its compute capability, written `sm89`, and its UUID where the driver tells."""
+
+    name: str
+    sm: str
+    uuid: str = ""
 
 
 class Clocks(BaseModel):
@@ -52,10 +63,60 @@ class Clocks(BaseModel):
     """Whether the clock can neither rise nor fall; only a Jetson tells."""
 
 
+@functools.cache
+def find_gpu() -> Gpu | str:
+    """The first CUDA device, asked from the driver alone; or, where there is none, the reason as a phrase."""
+    try:
+        driver = _driver()
+    except OSError:
+        return "no CUDA driver"
+    if code := driver.cuInit(0):
+        return f"no CUDA device that the driver can use (cuInit gives error {code})"
+    device, major, minor, name = (
+        ctypes.c_int(),
+        ctypes.c_int(),
+        ctypes.c_int(),
+        ctypes.create_string_buffer(256),
+    )
+    codes = [
+        driver.cuDeviceGet(ctypes.byref(device), 0),
+        driver.cuDeviceGetName(name, len(name), device),
+        driver.cuDeviceGetAttribute(ctypes.byref(major), CU_COMPUTE_CAPABILITY_MAJOR, device),
+        driver.cuDeviceGetAttribute(ctypes.byref(minor), CU_COMPUTE_CAPABILITY_MINOR, device),
+    ]
+    if any(codes):
+        return f"no CUDA device that the driver can describe (errors {codes})"
+    return Gpu(name.value.decode(), f"sm{major.value}{minor.value}", _uuid(driver, device))
+
+
+def nvml_device(nvml: Any) -> Any:
+    """NVML's handle of the GPU that CUDA counts first, by its UUID: NVML counts by slot, and sees hidden ones as well.
+
+    Of a part of a GPU (MIG) the handle of the whole, which has the clocks; without a UUID that of the first GPU.
+    """
+    known = _first_uuid()
+    for kind in ("GPU", "MIG") if known else ():
+        with contextlib.suppress(nvml.NVMLError):
+            device = nvml.nvmlDeviceGetHandleByUUID(f"{kind}-{known}")
+            return device if kind == "GPU" else nvml.nvmlDeviceGetDeviceHandleFromMigDeviceHandle(device)
+    return nvml.nvmlDeviceGetHandleByIndex(0)
+
+
+def ask_smi(*fields: str) -> str:
+    """What nvidia-smi tells of the GPU that CUDA counts first, as csv,noheader,nounits; empty where it fails.
+
+    Where it knows no such UUID, it tells of all GPUs.
+    """
+    known = _first_uuid()
+    query = [f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits"]
+    told = _printed("nvidia-smi", *query, f"--id=GPU-{known}", check=True) if known else ""
+    return told or _printed("nvidia-smi", *query, check=True)
+
+
 def driver_cuda() -> tuple[int, int] | None:
     """The newest CUDA that the driver can serve, (13, 2); None without a driver."""
     with contextlib.suppress(OSError, AttributeError):
-        driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+        driver = _driver()
         version = ctypes.c_int()
         if driver.cuDriverGetVersion(ctypes.byref(version)) == 0 and version.value > 0:
             return version.value // 1000, version.value % 1000 // 10
@@ -106,11 +167,7 @@ def parse_packages(text: str) -> dict[str, str]:
 
 def read_clocks(root: Path = ROOT) -> Clocks | None:
     """The first GPU's clocks now: of a Jetson from its kernel, else from nvidia-ml-py or nvidia-smi; None without."""
-    return (
-        _jetson_clocks(root)
-        or _nvml_clocks()
-        or parse_clocks(_printed("nvidia-smi", f"--query-gpu={','.join(SMI_CLOCKS)}", "--format=csv,noheader,nounits"))
-    )
+    return _jetson_clocks(root) or _nvml_clocks() or parse_clocks(ask_smi(*SMI_CLOCKS))
 
 
 def parse_clocks(text: str) -> Clocks | None:
@@ -158,7 +215,7 @@ def _nvml_clocks() -> Clocks | None:
     except nvml.NVMLError:
         return None
     try:
-        device = nvml.nvmlDeviceGetHandleByIndex(0)
+        device = nvml_device(nvml)
         sm, memory = nvml.NVML_CLOCK_SM, nvml.NVML_CLOCK_MEM
         return Clocks(
             sm_mhz=told("nvmlDeviceGetClockInfo", sm),
@@ -186,13 +243,37 @@ def _system_version(name: str, packages: Mapping[str, str]) -> str | None:
     return found[-1] if found else None
 
 
-def _printed(program: str, *arguments: str) -> str:
-    """What a program prints, also when it fails, as dpkg-query does where one of several names is unknown."""
+def _driver() -> ctypes.CDLL:
+    """Raises: OSError without a driver."""
+    return ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+
+
+def _first_uuid() -> str:
+    gpu = find_gpu()
+    return "" if isinstance(gpu, str) else gpu.uuid
+
+
+def _uuid(driver: ctypes.CDLL, device: ctypes.c_int) -> str:
+    """As NVML writes it, without its prefix; empty where the driver does not tell.
+
+    The first version of the call tells that of the whole GPU; the second, that of a part of it (MIG).
+    """
+    found = (ctypes.c_ubyte * 16)()
+    for name in ("cuDeviceGetUuid", "cuDeviceGetUuid_v2"):
+        ask = getattr(driver, name, None)
+        if ask is not None and ask(ctypes.byref(found), device) == 0:
+            return str(uuid.UUID(bytes=bytes(found)))
+    return ""
+
+
+def _printed(program: str, *arguments: str, check: bool = False) -> str:
+    """What a program prints, unless `check` also when it fails, as dpkg-query does where one of several names is
+    unknown."""
     path = shutil.which(program)
     if path is None:
         return ""
     try:
-        done = subprocess.run([path, *arguments], capture_output=True, text=True, timeout=PROGRAM_SECONDS, check=False)
+        done = subprocess.run([path, *arguments], capture_output=True, text=True, timeout=PROGRAM_SECONDS, check=check)
     except (OSError, ValueError, subprocess.SubprocessError):
         return ""
     return done.stdout

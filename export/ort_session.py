@@ -222,14 +222,17 @@ class _Profile:
 
     def __init__(self, folder: tempfile.TemporaryDirectory[str], *, name: str) -> None:
         self._folder, self._name = folder, name
+        self._events: list[dict[str, Any]] = []
 
     def read(self, session: onnxruntime.InferenceSession) -> list[dict[str, Any]]:
         """The events of all laps; no lap may follow. Raises: MeasureFailed when there are none to read."""
-        path = Path(session.end_profiling())
-        try:
-            return json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as err:
-            raise self.unreadable(err) from err
+        if not self._events:  # a profile can be ended once
+            path = Path(session.end_profiling())
+            try:
+                self._events = json.loads(path.read_text(encoding="utf-8"))
+            except (OSError, ValueError) as err:
+                raise self.unreadable(err) from err
+        return self._events
 
     def unreadable(self, err: Exception) -> MeasureFailed:
         """What to say of a profile that is none, as on a full disk."""

@@ -244,6 +244,8 @@ class Target(ABC):
 
     builds_differ = False
     """Whether two builds of one file may run at different speeds, so that it is worth while to choose."""
+    compiles = False
+    """Whether processes of the runtime's own compile a network when inputs are first bound to it."""
     takes: tuple[str, ...] = ()
     """The build options that have an effect on this target; it ignores the others."""
 

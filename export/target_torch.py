@@ -18,6 +18,7 @@ import shutil
 import sys
 import sysconfig
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -75,6 +76,11 @@ class TorchTarget(Target):
     def way(self) -> str:
         """How torch runs the network: `eager`, `compiled` or `cuda-graph`."""
         return self.spec.capabilities[0] if self.spec.capabilities else "eager"
+
+    @property
+    def compiles(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Whether processes of torch's own compile a network when inputs are first bound to it."""
+        return self.way == "compiled"
 
     @property
     def on_gpu(self) -> bool:
@@ -269,7 +275,10 @@ class CudaTorchSession(TorchSession):
     """A torch program on a GPU, which times its laps itself by CUDA events."""
 
     def timed_lap_ms(self) -> float:
-        """One execution on the bound inputs, done when this returns: its ms between two CUDA events."""
+        """One execution on the bound inputs, done when this returns: its ms between two CUDA events.
+
+        The stream is idle before, so what the device waits for the host to submit the calls counts as well.
+        """
         begun, ended = self._events(2)
         with self._running():
             begun.record()
@@ -520,7 +529,9 @@ def _compiled(network: torch.fx.GraphModule, image: Tensor) -> Callable[[Tensor]
     import torch
 
     compiled = torch.compile(network, fullgraph=True, dynamic=False)
-    with _without_warnings("torch.utils.cpp_extension"):  # of a CUDA toolkit beside no GPU
+    with warnings.catch_warnings(), _without_warnings("torch.utils.cpp_extension"):  # of a CUDA toolkit beside no GPU
+        # What torch 2.11 to 2.14 say of matrix products in FP32, which are so by intent.
+        warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores", category=UserWarning)
         compiled(image)
     return compiled
 

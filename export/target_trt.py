@@ -8,20 +8,20 @@ digest has been compared with its sidecar.
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import functools
 import importlib
 import importlib.util
 import re
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from .bundle import sha256_file
 from .candidates import build_arithmetic, fastest
 from .errors import BuildFailed, IntegrityError, ParityFailed, TargetUnavailable
 from .layer_types import engine_types
+from .nvidia import Gpu as Gpu
+from .nvidia import driver_cuda
+from .nvidia import find_gpu as find_gpu
 from .shapes import parse_shapes
 from .target import (
     CAPABILITIES,
@@ -44,8 +44,6 @@ PORTABLE = ("sm80", "sm86", "sm89")
 PORTABLE_FROM = 120
 # cuda-python's module of runtime calls: its name, and the one it had before 12.6.
 CUDA_RUNTIME_NAMES = ("cuda.bindings.runtime", "cuda.cudart")
-CU_COMPUTE_CAPABILITY_MAJOR = 75
-CU_COMPUTE_CAPABILITY_MINOR = 76
 PRODUCTS = {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT-RTX"}
 # The first compute capability that an engine built with `ampere-plus` runs on.
 AMPERE = 80
@@ -59,13 +57,6 @@ FIRST_WITH = {"bf16": 80, "fp8": 89}
 # Build options that only one of the two has.
 ONLY_STANDARD = ("hardware_compatibility", "timing_cache", "builds")
 ONLY_RTX = ("runtime_cache",)
-
-
-class Gpu(NamedTuple):
-    """The first CUDA device: its name and its compute capability, written `sm89`."""
-
-    name: str
-    sm: str
 
 
 class TensorRTTarget(Target):
@@ -156,8 +147,8 @@ class TensorRTTarget(Target):
             return gpu
         if not _installed(self._package):
             return f"{self._package} is not installed"
-        if not any(map(_installed, CUDA_RUNTIME_NAMES)):
-            return "cuda-python is not installed"
+        if reason := no_cudart():
+            return reason.rstrip(".")
         return self._other_machine(engine, gpu, self._runtime().__version__)
 
     def _open(self, engine_path: Path, *, weights: Path | None = None) -> Session:
@@ -284,40 +275,41 @@ class TensorRTTarget(Target):
         return f"{self.spec.name}:{gpu.sm}" if gpu.sm in CAPABILITIES[self.spec.name] else "trt"
 
 
-@functools.cache
-def find_gpu() -> Gpu | str:
-    """The first CUDA device, asked from the driver alone; or, where there is none, the reason as a phrase."""
-    try:
-        driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
-    except OSError:
-        return "no CUDA driver"
-    if code := driver.cuInit(0):
-        return f"no CUDA device that the driver can use (cuInit gives error {code})"
-    device, major, minor, name = (
-        ctypes.c_int(),
-        ctypes.c_int(),
-        ctypes.c_int(),
-        ctypes.create_string_buffer(256),
-    )
-    codes = [
-        driver.cuDeviceGet(ctypes.byref(device), 0),
-        driver.cuDeviceGetName(name, len(name), device),
-        driver.cuDeviceGetAttribute(ctypes.byref(major), CU_COMPUTE_CAPABILITY_MAJOR, device),
-        driver.cuDeviceGetAttribute(ctypes.byref(minor), CU_COMPUTE_CAPABILITY_MINOR, device),
-    ]
-    if any(codes):
-        return f"no CUDA device that the driver can describe (errors {codes})"
-    return Gpu(name.value.decode(), f"sm{major.value}{minor.value}")
-
-
 def load_cudart() -> Any:
-    """The module with CUDA's runtime calls, under its new name or its old one. Raises: TargetUnavailable."""
-    for name in CUDA_RUNTIME_NAMES:
-        if _installed(name):
-            return _import(name)
-    raise TargetUnavailable(
-        "cuda-python is not installed, and TensorRT engines run through it. Install chip-deploy[trt]."
-    )
+    """The module with CUDA's runtime calls, under its new name or its old one.
+
+    Raises: TargetUnavailable where there is none, or none that this driver serves.
+    """
+    offered = driver_cuda()
+    name = next(filter(_installed, CUDA_RUNTIME_NAMES), None)
+    if name is None:
+        raise TargetUnavailable(
+            f"cuda-python is not installed, and TensorRT engines run through it. {_install_cuda_python(offered)}"
+        )
+    cudart = _import(name)
+    # Any call that needs the driver would do; without one, `find_gpu` says so.
+    error, *_ = cudart.cudaGetDeviceCount()
+    if offered and error == cudart.cudaError_t.cudaErrorInsufficientDriver:
+        raise TargetUnavailable(
+            f"cuda-python is for a later CUDA than {offered[0]}.{offered[1]}, the newest that the driver serves. "
+            f"{_install_cuda_python(offered)}"
+        )
+    return cudart
+
+
+def no_cudart() -> str | None:
+    """Why no engine can run through CUDA's runtime calls here, as a sentence with the remedy; None when it can."""
+    try:
+        load_cudart()
+    except TargetUnavailable as err:
+        return str(err)
+    return None
+
+
+def _install_cuda_python(offered: tuple[int, int] | None) -> str:
+    """By itself, not with the extra `trt`: a Jetson has a TensorRT of its own. The newest that the driver serves."""
+    below = f"<{offered[0]}.{offered[1] + 1}" if offered else ""
+    return f"Install it with `pip install 'cuda-python{below}'`."
 
 
 def _covers(capability: str, sm: str) -> bool:

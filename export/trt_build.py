@@ -18,7 +18,7 @@ from .onnx_graph import OnnxGraph, read_graph
 from .shapes import Profile, profiles_for
 from .target import BuildOptions
 from .trt_caches import CacheFile
-from .trt_log import collecting_logger, construct, release
+from .trt_log import Log, construct, release
 from .trt_stop import stoppable_build
 
 MIB = 1 << 20
@@ -55,8 +55,8 @@ def build_plan(
     shapes that do not fit the network.
     """
     graph = _readable_graph(trt, onnx_path)
-    log = collecting_logger(trt)
-    builder = construct(lambda: trt.Builder(log), log, what=f"{onnx_path}: {release(trt)} makes no builder")
+    log = Log(trt)
+    builder = construct(lambda: trt.Builder(log.logger), log, what=f"{onnx_path}: {release(trt)} makes no builder")
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     _parse(trt, network, log, onnx_path, graph)
     config = builder.create_builder_config()
@@ -101,9 +101,9 @@ def _readable_graph(trt: Any, onnx_path: Path) -> OnnxGraph:
     return graph
 
 
-def _parse(trt: Any, network: Any, log: Any, onnx_path: Path, graph: OnnxGraph) -> None:
+def _parse(trt: Any, network: Any, log: Log, onnx_path: Path, graph: OnnxGraph) -> None:
     """Fill `network` from an ONNX file. Raises: BuildFailed with every error of the parser and the node it names."""
-    parser = trt.OnnxParser(network, log)
+    parser = trt.OnnxParser(network, log.logger)
     # The path lets the parser find weights that lie beside the file.
     if parser.parse(onnx_path.read_bytes(), str(onnx_path)):
         return

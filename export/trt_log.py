@@ -5,31 +5,52 @@ The module of TensorRT comes in as an argument here and in its neighbours: `tens
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 from .errors import BuildFailed
 
+# What TensorRT says to a logger that is not the first of the process: true of a program that has one of its own.
+ANOTHER_LOGGER = "differs from one already registered"
 
-def collecting_logger(trt: Any) -> Any:
-    """A logger for `trt` that keeps what it is told: `text()` gives the errors, `warnings()` the warnings."""
-    errors = (trt.ILogger.Severity.INTERNAL_ERROR, trt.ILogger.Severity.ERROR)
 
-    class CollectingLogger(trt.ILogger):
+class Log:
+    """What TensorRT tells from now on, to whomever it tells it.
+
+    It keeps the first logger of the process, whoever else comes, and writes to it even when it is gone. So there is
+    one for each module of TensorRT, which is never given back; each user reads on from where it began.
+    """
+
+    def __init__(self, trt: Any) -> None:
+        self.logger = _logger(trt.ILogger)
+        self._begun = len(self.logger.lines)
+
+    def text(self) -> str:
+        """The errors, each once."""
+        return "; ".join(dict.fromkeys(line.rstrip(".") for line in self._lines(error=True))) or "it logged no error"
+
+    def warnings(self) -> list[str]:
+        """The warnings, each once."""
+        return [line for line in dict.fromkeys(self._lines(error=False)) if ANOTHER_LOGGER not in line]
+
+    def _lines(self, *, error: bool) -> list[str]:
+        return [line for is_error, line in self.logger.lines[self._begun :] if is_error is error]
+
+
+@functools.cache
+def _logger(base: Any) -> Any:
+    """The one logger that TensorRT is given; `lines` holds every error and warning, and whether it is an error."""
+    errors = (base.Severity.INTERNAL_ERROR, base.Severity.ERROR)
+
+    class CollectingLogger(base):
         def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-            self.lines: list[tuple[Any, str]] = []
+            base.__init__(self)
+            self.lines: list[tuple[bool, str]] = []
 
         def log(self, severity: Any, message: str) -> None:
-            if severity in (*errors, trt.ILogger.Severity.WARNING):
-                self.lines.append((severity, " ".join(message.split())))
-
-        def text(self) -> str:
-            found = dict.fromkeys(line.rstrip(".") for kind, line in self.lines if kind in errors)
-            return "; ".join(found) or "it logged no error"
-
-        def warnings(self) -> list[str]:
-            return list(dict.fromkeys(line for kind, line in self.lines if kind not in errors))
+            if severity in (*errors, base.Severity.WARNING):
+                self.lines.append((severity in errors, " ".join(message.split())))
 
     return CollectingLogger()
 
@@ -53,7 +74,7 @@ def release(trt: Any) -> str:
     return f"{trt.__name__} {trt.__version__}"
 
 
-def construct(make: Callable[[], Any], log: Any, *, what: str) -> Any:
+def construct(make: Callable[[], Any], log: Log, *, what: str) -> Any:
     """What `make` makes. Raises: BuildFailed with the log where TensorRT gives None, a TypeError to its bindings."""
     try:
         made = make()

@@ -23,13 +23,15 @@ from .golden import FREE_BATCH
 from .shapes import Profile, ShapeRange, profile_holding
 from .target import CUDA_GRAPH, NodeLaps, RoundTrip, TensorType, checked_feeds, require_fit, require_names
 from .trt_caches import CacheFile
-from .trt_log import collecting_logger, construct, layer_timer, release
+from .trt_log import Log, construct, layer_timer, release
 
 # Kinds of layers that TensorRT adds to bring data into another layout; their names hold those of their neighbours.
 REFORMATTING = ("Reformat", "NoOp")
 # TensorRT reads an input from any address that is a multiple of this; what lies elsewhere is copied.
 ALIGNMENT = 256
 NOT_RECORDED = "kernel by kernel"
+# A graph is recorded in far less; meanwhile CUDA refuses to wait for the whole device.
+RECORDING_WAITS, RECORDING_WAIT_SECONDS = 20, 0.05
 
 
 class SessionOptions(NamedTuple):
@@ -69,7 +71,7 @@ class TrtSession:
         """A session on `plan`, or a second one on the engine that `opened` holds and must keep."""
         self._trt, self._cudart, self._name = trt, cudart, name
         self._options = options or SessionOptions()
-        self._log = collecting_logger(trt)
+        self._log = Log(trt)
         self._stream: Any = None
         self._context: Any = None
         self._cache: Any = None
@@ -147,8 +149,7 @@ class TrtSession:
         for name, array in arrays.items():
             self._feed(name, array)
         self._synchronise()
-        if missing := self._context.infer_shapes():
-            raise MeasureFailed(f"{self._name}: shapes of {missing} are unknown after binding the inputs.")
+        self._infer_shapes()
         for name in self.output_names:
             self._place(name, _bytes(self._output_type(name)))
         self._bound = True
@@ -162,6 +163,7 @@ class TrtSession:
     def timed_lap_ms(self) -> float:
         """One execution on the bound inputs, done when this returns: its ms between two CUDA events.
 
+        The stream is idle before, so what the device waits for the host to submit the execution counts as well.
         Raises: MeasureFailed.
         """
         self._make_ready()
@@ -175,6 +177,7 @@ class TrtSession:
     def plain_lap_ms(self) -> float:
         """One execution that is launched kernel by kernel, whatever laps are: its ms between two CUDA events.
 
+        What the device waits for the host to submit the kernels counts as well.
         Raises: MeasureFailed.
         """
         self._require_bound()
@@ -248,8 +251,8 @@ class TrtSession:
 
     def _refit(self, weights: Path) -> None:
         """The engine has the weights of that ONNX file. Raises: BuildFailed with what TensorRT logged."""
-        refitter = self._made(self._trt.Refitter(self._engine, self._log), what="take weights")
-        parser = self._trt.OnnxParserRefitter(refitter, self._log)
+        refitter = self._made(self._trt.Refitter(self._engine, self._log.logger), what="take weights")
+        parser = self._trt.OnnxParserRefitter(refitter, self._log.logger)
         if not (parser.refit_from_file(str(weights)) and refitter.refit_cuda_engine()):
             raise BuildFailed(
                 f"{self._name}: {release(self._trt)} cannot fill in the weights of {weights}: {self._log.text()}."
@@ -327,7 +330,7 @@ class TrtSession:
         )
         if lent:
             # Whoever wrote the array may have done so on another stream, and may still be at it.
-            self._cuda("cudaDeviceSynchronize")
+            self._synchronise_device()
         return {name: lent[name] if name in lent else here[name] for name in self._expected}
 
     def _take_shapes(self, shapes: dict[str, tuple[int, ...]]) -> None:
@@ -342,6 +345,16 @@ class TrtSession:
             if not self._context.set_input_shape(name, shape):
                 raise ValueError(self._outside(shapes))
         self._shapes = shapes
+
+    def _infer_shapes(self) -> None:
+        try:
+            missing = self._context.infer_shapes()
+        except RuntimeError as err:
+            raise MeasureFailed(
+                f"{self._name}: {release(self._trt)} cannot infer its shapes: {self._log.text()}."
+            ) from err
+        if missing:
+            raise MeasureFailed(f"{self._name}: shapes of {missing} are unknown after binding the inputs.")
 
     def _switch_profile(self, shapes: dict[str, tuple[int, ...]]) -> None:
         place = profile_holding(self._profiles, shapes)
@@ -460,7 +473,11 @@ class TrtSession:
             self.launch = f"{NOT_RECORDED}: {release(self._trt)} says that it cannot be recorded"
             return
         relaxed = self._cudart.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
-        self._cuda("cudaStreamBeginCapture", self._stream, relaxed)
+        _, refused = self._tried("cudaStreamBeginCapture", self._stream, relaxed)
+        if refused:
+            self._cudart.cudaGetLastError()
+            self.launch = f"{NOT_RECORDED}: {refused}"
+            return
         enqueued = self._context.execute_async_v3(int(self._stream))
         graph, refused = self._tried("cudaStreamEndCapture", self._stream)
         if enqueued and not refused:
@@ -508,6 +525,15 @@ class TrtSession:
 
     def _synchronise(self) -> None:
         self._cuda("cudaStreamSynchronize", self._stream)
+
+    def _synchronise_device(self) -> None:
+        """All streams have done their work; one that another thread records is waited for a while, as CUDA asks."""
+        recording = self._cudart.cudaError_t.cudaErrorStreamCaptureUnsupported
+        for _ in range(RECORDING_WAITS):
+            if self._cudart.cudaDeviceSynchronize()[0] != recording:
+                break
+            time.sleep(RECORDING_WAIT_SECONDS)
+        self._cuda("cudaDeviceSynchronize")
 
     def _cuda(self, function: str, *arguments: Any) -> Any:
         """What a CUDA runtime call returns beside its error code. Raises: MeasureFailed with the code's own text."""
@@ -575,15 +601,15 @@ class ProfiledTrtSession(TrtSession):
         return layers
 
 
-def made_runtime(trt: Any, log: Any, options: SessionOptions, *, name: str) -> Any:
+def made_runtime(trt: Any, log: Log, options: SessionOptions, *, name: str) -> Any:
     """What deserialises engines, and lets them run host code only where `options` say so. Raises: BuildFailed."""
-    runtime = construct(lambda: trt.Runtime(log), log, what=f"{name}: {release(trt)} cannot run")
+    runtime = construct(lambda: trt.Runtime(log.logger), log, what=f"{name}: {release(trt)} cannot run")
     if options.host_code:
         runtime.engine_host_code_allowed = True
     return runtime
 
 
-def made_engine(trt: Any, runtime: Any, log: Any, plan: Any, *, name: str) -> Any:
+def made_engine(trt: Any, runtime: Any, log: Log, plan: Any, *, name: str) -> Any:
     """The engine of a plan. Raises: BuildFailed with the log where TensorRT gives None, as it does when it fails."""
     engine = runtime.deserialize_cuda_engine(plan)
     if engine is None:
@@ -597,7 +623,7 @@ def engine_information(trt: Any, plan: Any, *, name: str, options: SessionOption
     Cost: the engine is opened once, with its memory.
     Raises: BuildFailed when it cannot be opened: then it must not ship.
     """
-    log = collecting_logger(trt)
+    log = Log(trt)
     runtime = made_runtime(trt, log, options or SessionOptions(), name=name)
     engine = made_engine(trt, runtime, log, plan, name=name)
     inspector = engine.create_engine_inspector()

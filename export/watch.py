@@ -17,6 +17,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from .machine import PROC, SYSFS, cpu_name, governor, load
+from .nvidia import ask_smi, nvml_device
 
 PROGRAM_SECONDS = 10
 # So long the CPU is looked at before anything runs, to see who uses it already.
@@ -27,6 +28,8 @@ OTHERS_CORES = 0.2
 OTHERS_SHARE = 0.05
 # The measuring thread may wait so much of the time for a core that it could have used at once.
 WAITED_SHARE = 0.03
+# A GPU may be held down for so much of the time, as it counts: a moment of that moves no median.
+HELD_SHARE = 0.01
 # The load may exceed what the measurement itself explains by so many processes, or by this part of the cores.
 LOAD_MOVED = 0.5
 LOAD_MOVED_SHARE = 0.1
@@ -49,7 +52,7 @@ SMI_FIELDS = (
 
 
 class GpuState(BaseModel):
-    """The first NVIDIA GPU at one moment; what it does not tell is None."""
+    """The GPU that CUDA counts first at one moment; what it does not tell is None."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -62,7 +65,12 @@ class GpuState(BaseModel):
     temperature_c: float | None = None
     reasons: list[str] = []
     """Why the clocks are not higher: `idle`, `power cap`, `thermal slowdown (hardware)`, ...; after a measurement also
-    what held them down in its midst."""
+    what held them down when it was looked at. It is looked at between laps, when the GPU has come to rest: what a
+    slowdown leaves behind in the times below is surer."""
+    power_held_s: float | None = None
+    """How long its power limit has held the clocks down so far; only some boards count it, and only NVML tells."""
+    thermal_held_s: float | None = None
+    """The same of its temperature."""
 
 
 class MachineState(BaseModel):
@@ -116,7 +124,7 @@ class Watch:
         self._begun = _Counters(proc)
 
     def look(self) -> None:
-        """Remember what holds the GPU's clocks down at this moment, in the midst of the laps."""
+        """Remember what holds the GPU's clocks down at this moment, right after laps: none runs meanwhile."""
         gpu = read_gpu_state() if self._gpu else None
         self._slowed |= {reason for reason in (gpu.reasons if gpu else []) if reason in SLOWDOWNS.values()}
 
@@ -183,7 +191,10 @@ def judge(
     before: MachineState, after: MachineState, *, seconds: float, threads: int = 1, slept_s: float = 0.0
 ) -> MachineWatch:
     """Both states with what speaks against laps run between them, and what would help."""
+    slow = _gpu_slowdowns(before.gpu, after.gpu, most_s=HELD_SHARE * seconds)
     doubts = [*_cpu_doubts(before, after, seconds, threads), *_slowdowns(before, after)]
+    if slow:
+        doubts.append(f"the GPU's clocks were held down ({', '.join(slow)})")
     if slept_s > SLEPT_SECONDS:
         doubts.append(f"the machine was asleep for {slept_s:.1f} s")
     return MachineWatch(
@@ -191,7 +202,7 @@ def judge(
         after=after,
         seconds=round(seconds, 3),
         doubt=" and ".join(doubts),
-        advice=_advice(after, busy=any("processes" in doubt for doubt in doubts)),
+        advice=_advice(after, busy=any("processes" in doubt for doubt in doubts), slow=bool(slow)),
     )
 
 
@@ -235,10 +246,11 @@ def power_mode() -> str | None:
 
 
 def read_gpu_state() -> GpuState | None:
-    """The first NVIDIA GPU now: from nvidia-ml-py where it can be imported, else nvidia-smi; None without either."""
-    return _state_from_nvml() or parse_gpu_state(
-        _printed("nvidia-smi", f"--query-gpu={','.join(SMI_FIELDS)}", "--format=csv,noheader,nounits")
-    )
+    """The GPU that CUDA counts first, now: from nvidia-ml-py where it can be imported, else nvidia-smi; None without.
+
+    Of a part of a GPU (MIG) it is the whole, which has the clocks.
+    """
+    return _state_from_nvml() or parse_gpu_state(ask_smi(*SMI_FIELDS))
 
 
 def parse_gpu_state(text: str) -> GpuState | None:
@@ -285,7 +297,7 @@ def _state_from_nvml() -> GpuState | None:
     except nvml.NVMLError:
         return None
     try:
-        return _nvml_state(nvml, nvml.nvmlDeviceGetHandleByIndex(0))
+        return _nvml_state(nvml, nvml_device(nvml))
     except nvml.NVMLError:
         return None
     finally:
@@ -302,6 +314,12 @@ def _nvml_state(nvml: Any, device: Any) -> GpuState:
         except nvml.NVMLError:
             return None
 
+    def held_s(policy: int) -> float | None:
+        try:
+            return round(nvml.nvmlDeviceGetViolationStatus(device, policy).violationTime * 1e-9, 6)
+        except nvml.NVMLError:
+            return None
+
     # Renamed in 2023; older versions have the second name only.
     names = ("nvmlDeviceGetCurrentClocksEventReasons", "nvmlDeviceGetCurrentClocksThrottleReasons")
     bits = told(next(name for name in names if hasattr(nvml, name)))
@@ -315,6 +333,8 @@ def _nvml_state(nvml: Any, device: Any) -> GpuState:
         power_w=told("nvmlDeviceGetPowerUsage", scale=1e-3),
         temperature_c=told("nvmlDeviceGetTemperature", nvml.NVML_TEMPERATURE_GPU),
         reasons=[] if bits is None else clock_reasons(int(bits)),
+        power_held_s=held_s(nvml.NVML_PERF_POLICY_POWER),
+        thermal_held_s=held_s(nvml.NVML_PERF_POLICY_THERMAL),
     )
 
 
@@ -339,7 +359,7 @@ def _cpu_doubts(before: MachineState, after: MachineState, seconds: float, threa
 
 
 def _slowdowns(before: MachineState, after: MachineState) -> list[str]:
-    """What kept CPU or GPU from their speed meanwhile."""
+    """What kept the CPU, or all of the machine, from its speed meanwhile."""
     doubts = []
     if (after.throttled or 0) > (before.throttled or 0):
         doubts.append(f"the CPU was slowed down by heat {(after.throttled or 0) - (before.throttled or 0)} times")
@@ -347,14 +367,29 @@ def _slowdowns(before: MachineState, after: MachineState) -> list[str]:
         doubts.append(f"the container's CPU quota held the laps back for {held_s:.2g} s")
     if before.power_mode != after.power_mode:
         doubts.append(f"the power mode changed from {before.power_mode} to {after.power_mode}")
-    if after.gpu is not None:
-        slow = [reason for reason in after.gpu.reasons if reason in SLOWDOWNS.values()]
-        if slow:
-            doubts.append(f"the GPU's clocks were held down ({', '.join(slow)})")
     return doubts
 
 
-def _advice(state: MachineState, *, busy: bool) -> list[str]:
+def _gpu_slowdowns(before: GpuState | None, after: GpuState | None, *, most_s: float) -> list[str]:
+    """What held the GPU's clocks down: what was seen, and what its own counters grew by if that is more than `most_s`,
+    as between two looks."""
+    if after is None:
+        return []
+    seen = [reason for reason in after.reasons if reason in SLOWDOWNS.values()]
+    if before is None:
+        return seen
+    counted = {
+        "by its power limit": (before.power_held_s, after.power_held_s),
+        "by heat": (before.thermal_held_s, after.thermal_held_s),
+    }
+    return seen + [
+        f"{name} for {last - first:.2g} s"
+        for name, (first, last) in counted.items()
+        if first is not None and last is not None and last - first > most_s
+    ]
+
+
+def _advice(state: MachineState, *, busy: bool, slow: bool) -> list[str]:
     """What would make the next measurement steadier, as sentences for a person who may do it."""
     advice = []
     if busy:
@@ -365,7 +400,7 @@ def _advice(state: MachineState, *, busy: bool) -> list[str]:
         )
     if state.power_mode is not None:
         advice.append(f"The power mode is {state.power_mode}; `sudo jetson_clocks` locks its clocks.")
-    elif state.gpu is not None and any(reason in SLOWDOWNS.values() for reason in state.gpu.reasons):
+    elif slow:
         advice.append("Cool the GPU, or lock its clocks lower with `sudo nvidia-smi -lgc MHZ`.")
     elif state.gpu is not None and state.gpu.sm_mhz is not None:
         advice.append(f"`sudo nvidia-smi -lgc {state.gpu.sm_mhz:.0f}` would lock the GPU's clock where it was.")

@@ -329,6 +329,8 @@ def _compared(
     """Both networks at the protocol's batch, with all laps in `laps_file`; ended early, with those so far."""
     feeds = _images(golden, protocol.batch)
     text = f"{target.spec} batch {protocol.batch}"
+    if target.compiles:  # once, now: the processes that compile would be taken for somebody else's
+        _bound(dense_opener, feeds)().close()
 
     def keep(laps: Laps) -> None:
         write_laps(

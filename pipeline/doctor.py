@@ -22,6 +22,7 @@ from ..export.target import CAPABILITIES, PRECISIONS, TargetSpec
 from ..export.targets import make_target
 from ..export.watch import power_mode
 from .cli import attempted
+from .device import TENSORRT
 from .tables import plain_table
 
 # Where the distribution's name is not the module's, or where one of several may hold the module.
@@ -141,7 +142,11 @@ def package_table(diagnosis: Diagnosis) -> Table:
     """Each package: its version, or how to get it."""
     table = plain_table("package", last="version")
     for row in diagnosis.packages:
-        missing = f"not installed; comes with chip-deploy[{row.extra}]"
+        # A Jetson has a TensorRT of its own, which the one of the extra would stand before.
+        by_itself = row.package == "cuda-python" and diagnosis.nvidia.tensorrt
+        missing = (
+            f"not installed; {'`pip install cuda-python`' if by_itself else f'comes with chip-deploy[{row.extra}]'}"
+        )
         table.add_row(Text(row.package), Text(row.version or missing))
     return table
 
@@ -181,7 +186,8 @@ def _uses(spec: TargetSpec) -> tuple[bool, bool, str]:
         return False, False, reason
     if target.on_gpu and (gpu := _no_gpu()):
         return True, False, f"measures on a GPU only: {gpu}. Copy the bundle to the device and measure it there."
-    return True, True, ""
+    reason = _no_cudart() if spec.name in TENSORRT else ""
+    return True, not reason, reason
 
 
 def _no_gpu() -> str | None:
@@ -190,6 +196,13 @@ def _no_gpu() -> str | None:
 
     gpu = find_gpu()
     return gpu if isinstance(gpu, str) else None
+
+
+def _no_cudart() -> str:
+    """Why an engine of TensorRT cannot run here for want of CUDA's runtime calls; empty where it can."""
+    from ..export.target_trt import no_cudart
+
+    return no_cudart() or ""
 
 
 def _nvidia() -> Nvidia:

@@ -38,6 +38,8 @@ STATE_LABELS = {
     "power_w": "power",
     "temperature_c": "temperature",
     "reasons": "why the clocks are not higher",
+    "power_held_s": "held down by its power limit so far",
+    "thermal_held_s": "held down by heat so far",
     "name": "name",
 }
 STATE_UNITS = {"_mhz": " MHz", "_w": " W", "_c": " °C", "_s": " s"}

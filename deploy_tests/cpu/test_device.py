@@ -18,7 +18,10 @@ from chip_deploy.export.bundle import verify_bundle, write_manifest
 from chip_deploy.export.golden import Golden
 from chip_deploy.export.laps_file import laps_path, read_laps
 from chip_deploy.export.ort_session import OrtSession
+from chip_deploy.export.protocol import LatencyProtocol
+from chip_deploy.export.target import parse_target
 from chip_deploy.export.target_ort import OrtCpuTarget
+from chip_deploy.export.target_torch import TorchTarget
 from chip_deploy.pipeline import device
 from chip_deploy.pipeline.cli import main
 from chip_deploy.pipeline.device import remeasure
@@ -276,6 +279,31 @@ def test_laps_stay_where_the_layers_cannot_be_timed(
     assert row.layers is None
     assert row.latency_ms is not None
     assert "No layer was timed" in row.reason
+
+
+@pytest.mark.parametrize("way", ["compiled", "eager"])
+def test_a_network_that_is_compiled_when_it_is_bound_is_compiled_before_others_are_watched(
+    way: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    done: list[str] = []
+    session: Any = SimpleNamespace(
+        input_names=["input"], bind=lambda feeds: done.append("bound"), close=lambda: done.append("closed")
+    )
+
+    def opener() -> Any:
+        return session
+
+    monkeypatch.setattr(device, "Watch", lambda *, gpu: done.append("watched"))
+    monkeypatch.setattr(device, "compare_latency", _interrupted)
+    golden = Golden(images=np.zeros((1, 3, 4, 4), np.float32), outputs=np.zeros((1, 10), np.float32))
+    machine: Any = None
+    target = TorchTarget(parse_target(f"torch:{way}"))
+    with pytest.raises(KeyboardInterrupt):
+        device._compared(
+            target, opener, opener, golden, LatencyProtocol(), machine=machine, laps_file=tmp_path / "x",
+            progress=lambda fraction, text: None,
+        )  # fmt: skip
+    assert done == (["bound", "closed", "watched"] if way == "compiled" else ["watched"])
 
 
 def _interrupted(*_args: object, **_options: object) -> None:

@@ -15,7 +15,14 @@ from chip_deploy.export.target_trt import Gpu
 from chip_deploy.export.targets import make_target
 from chip_deploy.pipeline import doctor
 from chip_deploy.pipeline.cli import EXTRAS, main
-from chip_deploy.pipeline.doctor import Diagnosis, diagnose, machine_table, reason_and_remedy, target_table
+from chip_deploy.pipeline.doctor import (
+    Diagnosis,
+    diagnose,
+    machine_table,
+    package_table,
+    reason_and_remedy,
+    target_table,
+)
 from chip_deploy.pipeline.tables import plain_table
 
 PROBES = {
@@ -166,9 +173,29 @@ def test_a_target_that_builds_without_the_gpu_that_runs_it_says_so(monkeypatch: 
 def test_with_a_gpu_it_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx has no wheel for this platform")
     monkeypatch.setattr(target_trt, "find_gpu", lambda: Gpu("NVIDIA L4", "sm89"))
+    monkeypatch.setattr(target_trt, "no_cudart", lambda: None)
     diagnosis = diagnose({})
     assert next(row for row in diagnosis.targets if row.target == "trt-rtx").runs
     assert "trt-rtx builds and measures here (fp32" in rendered(target_table, diagnosis, capsys)
+
+
+def test_what_cannot_run_for_want_of_cuda_python_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # A Jetson: JetPack has its TensorRT, and pip's would stand before it.
+    monkeypatch.setattr(target_trt, "find_gpu", lambda: Gpu("Orin", "sm87"))
+    monkeypatch.setattr(target_trt, "driver_cuda", lambda: (12, 6))
+    monkeypatch.setattr(target_trt, "_installed", lambda name: name == "tensorrt")
+    diagnosis = diagnose({"cuda": "trt"})
+    row = next(row for row in diagnosis.targets if row.target == "trt")
+    assert (row.builds, row.runs) == (True, False)
+    assert row.reason == "cuda-python is not installed, and TensorRT engines run through it"
+    assert row.remedy == "Install it with `pip install 'cuda-python<12.7'`."
+    found = diagnosis.nvidia.model_copy(update={"tensorrt": "10.3.0.30-1+cuda12.5"})
+    packages = [row.model_copy(update={"version": None}) for row in diagnosis.packages]
+    shown = rendered(package_table, diagnosis.model_copy(update={"nvidia": found, "packages": packages}), capsys)
+    assert "`pip install cuda-python`" in shown
+    assert "chip-deploy[trt]" not in shown
 
 
 def test_a_jetson_is_shown_with_its_system_and_its_clocks(capsys: pytest.CaptureFixture[str]) -> None:

@@ -20,6 +20,7 @@ from chip_deploy.export.machine import (
     read_gpu,
     read_machine,
 )
+from chip_deploy.export.nvidia import Gpu
 
 X86 = """processor\t: 0
 vendor_id\t: GenuineIntel
@@ -103,6 +104,7 @@ def test_a_machine_that_hides_its_governors_has_none(tmp_path: Path) -> None:
         ("NVIDIA GeForce RTX 5090, 12.0, 576.02\nNVIDIA L4, 8.9, 576.02\n",
          GpuFacts("NVIDIA GeForce RTX 5090", "sm120", "576.02")),
         ("Orin (nvgpu), [N/A], 540.4.0\n", GpuFacts("Orin (nvgpu)", None, "540.4.0")),
+        ("Orin (nvgpu), [N/A], [N/A]\n", GpuFacts("Orin (nvgpu)", None, None)),
         ("No devices were found\n", None),
         ("x" * 200_000, None),  # longer than a field of csv may be
         ("", None),
@@ -126,12 +128,39 @@ def test_nvidia_smi_is_asked_where_it_is_on_the_path(
 ) -> None:
     # A stand-in for absent hardware: whatever GPU is here does not count.
     monkeypatch.setattr("chip_deploy.export.machine._gpu_from_nvml", lambda: None)
-    monkeypatch.setattr("chip_deploy.export.machine._gpu_from_cuda", GpuFacts)
+    monkeypatch.setattr("chip_deploy.export.machine.find_gpu", lambda: "no CUDA driver")
+    monkeypatch.setattr("chip_deploy.export.nvidia.find_gpu", lambda: "no CUDA driver")
     program = tmp_path / "nvidia-smi"
     program.write_text(f"#!/bin/sh\n{script}\n", "utf-8")
     program.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     assert read_gpu() == gpu
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="the stand-in program is a shell script")
+def test_name_and_capability_are_those_that_cuda_tells_and_the_driver_is_that_of_nvidia_smi(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A Jetson with JetPack 6: its nvidia-smi knows neither.
+    monkeypatch.setattr("chip_deploy.export.machine._gpu_from_nvml", lambda: None)
+    for module in ("machine", "nvidia"):
+        monkeypatch.setattr(f"chip_deploy.export.{module}.find_gpu", lambda: Gpu("Orin", "sm87"))
+    program = tmp_path / "nvidia-smi"
+    program.write_text('#!/bin/sh\necho "[N/A], [N/A], 540.4.0"\n', "utf-8")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    assert read_gpu() == GpuFacts("Orin", "sm87", "540.4.0")
+
+
+def test_two_gpus_of_one_board_are_two_machines_by_the_one_that_cuda_counts_first(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    prints = set()
+    for name in ("NVIDIA RTX A6000", "NVIDIA RTX A5000"):
+        monkeypatch.setattr("chip_deploy.export.machine._gpu_from_nvml", lambda: GpuFacts("slot 0", "sm86", "580.65"))
+        monkeypatch.setattr("chip_deploy.export.machine.find_gpu", lambda name=name: Gpu(name, "sm86"))
+        prints.add(fingerprint(read_machine()))
+    assert len(prints) == 2
 
 
 NVML = """

@@ -13,10 +13,14 @@ import pytest
 from chip_deploy.export import nvidia
 from chip_deploy.export.nvidia import (
     Clocks,
+    Gpu,
+    ask_smi,
     driver_cuda,
+    find_gpu,
     jetpack,
     l4t,
     library_version,
+    nvml_device,
     parse_clocks,
     parse_packages,
     read_clocks,
@@ -32,6 +36,7 @@ libcudnn8 8.9.4 deinstall ok config-files
 libnvinfer10 10.3.0.30-1+cuda12.5 install ok installed
 nvidia-jetpack 6.2+b77 install ok installed
 """
+UUID, PART = "01020304-0506-0708-090a-0b0c0d0e0f10", "a1a2a3a4-0506-0708-090a-0b0c0d0e0f10"
 on_posix = pytest.mark.skipif(os.name != "posix", reason="the stand-in for a tool is a shell script")
 
 
@@ -193,6 +198,97 @@ class Nvml:
 def test_a_driver_that_fails_to_shut_down_has_told_its_clocks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(importlib, "import_module", lambda _: Nvml())
     assert read_clocks(tmp_path) == Clocks(sm_mhz=210, memory_mhz=405)
+
+
+class CountedNvml(Nvml):
+    """nvidia-ml-py that counts two GPUs, and a part of the second, by its own order."""
+
+    UUIDS = ("GPU-00000000-0000-0000-0000-000000000000", f"GPU-{UUID}", f"MIG-{PART}")
+
+    def nvmlDeviceGetHandleByUUID(self, name: str) -> int:
+        if name not in self.UUIDS:
+            raise self.NVMLError("Not Found")
+        return self.UUIDS.index(name)
+
+    def nvmlDeviceGetDeviceHandleFromMigDeviceHandle(self, part: int) -> int:
+        assert part == 2, "no part of a GPU"
+        return 1
+
+
+@pytest.mark.parametrize(("told", "handle"), [(UUID, 1), (PART, 1), ("", 0), ("11111111-unknown", 0)])
+def test_nvml_is_asked_about_the_gpu_that_cuda_counts_first(
+    told: str, handle: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nvidia, "find_gpu", lambda: Gpu("NVIDIA H200", "sm90", told))
+    assert nvml_device(CountedNvml()) == handle
+
+
+def test_without_a_gpu_of_cudas_nvml_is_asked_about_its_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nvidia, "find_gpu", lambda: "no CUDA driver")
+    assert nvml_device(CountedNvml()) == 0
+
+
+@on_posix
+@pytest.mark.parametrize(("told", "answer"), [(UUID, "the second"), (PART, "the first\nthe second"), ("", "the first")])
+def test_nvidia_smi_is_asked_about_the_gpu_that_cuda_counts_first(
+    told: str, answer: str, no_tools: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nvidia, "find_gpu", lambda: Gpu("NVIDIA H200", "sm90", told))
+    script = f"""test "$1 $2" = "--query-gpu=name --format=csv,noheader,nounits" || exit 1
+case "$3" in
+  --id=GPU-{UUID}) echo "the second";;
+  "") echo "the first"; echo "the second";;
+  *) echo "No devices were found"; exit 6;;
+esac"""
+    tool(no_tools, "nvidia-smi", script)
+    assert ask_smi("name").startswith(answer)
+
+
+class DriverOfOne:
+    """A CUDA driver with one GPU; which calls about its UUID it has, differs."""
+
+    def __init__(self, **uuids: bytes) -> None:
+        for name, told in uuids.items():
+            setattr(self, name, lambda pointer, _, told=told: self._tell(pointer, told))
+
+    def _tell(self, pointer: object, told: bytes) -> int:
+        pointer._obj[:] = list(told)  # pyright: ignore[reportAttributeAccessIssue]
+        return 0
+
+    def cuInit(self, flags: int) -> int:
+        return flags
+
+    def cuDeviceGet(self, pointer: object, index: int) -> int:
+        return index
+
+    def cuDeviceGetName(self, name: object, size: int, device: object) -> int:
+        name.value = b"NVIDIA H200"  # pyright: ignore[reportAttributeAccessIssue]
+        return 0
+
+    def cuDeviceGetAttribute(self, pointer: object, attribute: int, device: object) -> int:
+        pointer._obj.value = {75: 9, 76: 0}[attribute]  # pyright: ignore[reportAttributeAccessIssue]
+        return 0
+
+
+@pytest.mark.parametrize(
+    ("calls", "told"),
+    [
+        (("cuDeviceGetUuid", "cuDeviceGetUuid_v2"), UUID),  # of the whole GPU, where there is a part as well
+        (("cuDeviceGetUuid_v2",), PART),
+        ((), ""),
+    ],
+)
+def test_the_driver_tells_the_gpu_with_its_uuid(
+    calls: tuple[str, ...], told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known = {"cuDeviceGetUuid": UUID, "cuDeviceGetUuid_v2": PART}
+    driver = DriverOfOne(**{name: bytes.fromhex(known[name].replace("-", "")) for name in calls})
+    monkeypatch.setattr(ctypes, "CDLL", lambda _: driver)
+    find_gpu.cache_clear()
+    try:
+        assert find_gpu() == Gpu("NVIDIA H200", "sm90", told)
+    finally:
+        find_gpu.cache_clear()
 
 
 class Driver:

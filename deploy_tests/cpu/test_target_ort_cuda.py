@@ -304,6 +304,17 @@ def test_a_build_without_cuda_profiling_times_no_layer_and_says_why(session: Ort
     profiled.close()
 
 
+def test_a_profile_may_be_read_again_once_it_has_ended(session: OrtCudaSession) -> None:
+    with contextlib.closing(session.profiled()) as profiled:
+        assert isinstance(profiled, ProfiledOrtCudaSession)
+        profiled.run({"input": images()})
+        events = profiled.trace()
+        assert events
+        assert profiled.trace() == events
+        with pytest.raises(MeasureFailed, match="built without CUDA profiling"):
+            profiled.node_laps(1)
+
+
 def test_a_profile_leaves_no_file_behind(
     stand_in: StandIn, onnx_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

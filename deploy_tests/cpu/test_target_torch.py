@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -499,6 +500,26 @@ def test_a_profile_on_a_gpu_reads_two_events_a_call(onnx_path: Path, monkeypatch
     assert {tuple(node.laps_ms) for node in profiled.node_laps(2)} == {(1.0, 1.0)}
     assert profiled.runtime == f"torch {torch.__version__}, eager, NVIDIA L4"
     profiled.close()
+
+
+@on_a_cpu
+def test_of_what_compiling_warns_of_only_that_matrix_products_are_not_in_tf32_is_kept_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # A stand-in for an absent GPU: only there does torch say this.
+    said = "TensorFloat32 tensor cores for float32 matrix multiplication available but not enabled. Consider setting"
+
+    def compiled(network: Any, **_options: object) -> Any:
+        def run(image: torch.Tensor) -> torch.Tensor:
+            warnings.warn(network, UserWarning, stacklevel=1)
+            return image
+
+        return run
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    target_torch._compiled(said, torch.zeros(1))  # pyright: ignore[reportArgumentType]
+    with pytest.warns(UserWarning, match="something else"):
+        target_torch._compiled("something else", torch.zeros(1))  # pyright: ignore[reportArgumentType]
 
 
 def test_opening_and_running_are_silent(built: tuple[Path, Engine], capfd: pytest.CaptureFixture[str]) -> None:

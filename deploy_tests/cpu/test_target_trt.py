@@ -501,6 +501,7 @@ def test_an_engine_fits_its_own_version_and_later_ones_only_where_that_was_asked
 @needs_rtx
 def test_an_engine_of_another_version_is_refused_with_both_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(target_trt, "find_gpu", lambda: Gpu("GeForce RTX 3090", "sm86"))
+    monkeypatch.setattr(target_trt, "no_cudart", lambda: None)
     target = TensorRTTarget(parse_target("trt-rtx:sm86"))
     here = importlib.import_module("tensorrt_rtx").__version__
     assert target.cannot_run(engine_of("trt-rtx:sm86")) == (
@@ -508,6 +509,45 @@ def test_an_engine_of_another_version_is_refused_with_both_named(monkeypatch: py
         "rebuild with `chip-deploy build DIR --target trt-rtx:sm86`"
     )
     assert target.cannot_run(engine_of("trt-rtx:sm86", versions={"tensorrt_rtx": here})) is None
+
+
+class Cudart:
+    """cuda-python's module of runtime calls, for a driver that may be too old for it."""
+
+    cudaError_t = SimpleNamespace(cudaSuccess=0, cudaErrorInsufficientDriver=35)
+
+    def __init__(self, error: int) -> None:
+        self.error = error
+
+    def cudaGetDeviceCount(self) -> tuple[int, int | None]:
+        return self.error, None if self.error else 1
+
+
+@pytest.mark.parametrize("driver", [(12, 6), (12, 9)])
+def test_a_cuda_python_for_a_later_driver_is_told_before_a_session_is_opened(
+    driver: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(target_trt, "find_gpu", lambda: GPUS["Orin"])
+    monkeypatch.setattr(target_trt, "driver_cuda", lambda: driver)
+    monkeypatch.setattr(target_trt, "_installed", lambda name: True)
+    monkeypatch.setattr(target_trt, "_import", lambda name: Cudart(35))
+    told = f"cuda-python is for a later CUDA than 12.{driver[1]}, the newest that the driver serves. "
+    remedy = f"Install it with `pip install 'cuda-python<12.{driver[1] + 1}'`"
+    assert TensorRTTarget(parse_target("trt")).cannot_run(engine_of("trt")) == told + remedy
+    with pytest.raises(TargetUnavailable, match=re.escape(told)):
+        target_trt.load_cudart()
+    monkeypatch.setattr(target_trt, "_import", lambda name: Cudart(0))
+    assert target_trt.no_cudart() is None
+
+
+def test_where_cuda_python_alone_is_missing_it_alone_is_to_be_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(target_trt, "find_gpu", lambda: GPUS["Orin"])
+    monkeypatch.setattr(target_trt, "driver_cuda", lambda: (12, 6))
+    monkeypatch.setattr(target_trt, "_installed", lambda name: name == "tensorrt")
+    assert TensorRTTarget(parse_target("trt")).cannot_run(engine_of("trt")) == (
+        "cuda-python is not installed, and TensorRT engines run through it. "
+        "Install it with `pip install 'cuda-python<12.7'`"
+    )
 
 
 @needs_rtx

@@ -25,7 +25,7 @@ Names = dict[str, set[str]]
 # Module -> expression in its source -> the class of the bindings that it is; "module" is the package itself.
 KINDS: dict[ModuleType, dict[str, str]] = {
     target_trt: {"trt": "module"},
-    trt_log: {"trt": "module", "trt.ILogger.Severity": "ILogger", "trt.IProfiler": "IProfiler"},
+    trt_log: {"trt": "module", "base.Severity": "ILogger", "trt.IProfiler": "IProfiler"},
     trt_build: {
         "trt": "module",
         "trt.BuilderFlag": "BuilderFlag",

@@ -5,6 +5,8 @@ import ctypes
 import importlib
 import importlib.util
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,13 +14,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+from chip_deploy.export import trt_session
 from chip_deploy.export.errors import BuildFailed, MeasureFailed
 from chip_deploy.export.golden import run_in_batches
+from chip_deploy.export.onnx_export import export_onnx
 from chip_deploy.export.target import CUDA_GRAPH, CudaGraphs, DeviceTimer
 from chip_deploy.export.target_trt import Gpu, find_gpu, load_cudart
 from chip_deploy.export.trt_caches import CacheFile
-from chip_deploy.export.trt_log import collecting_logger, layer_timer
+from chip_deploy.export.trt_log import Log, layer_timer
 from chip_deploy.export.trt_session import (
     ProfiledTrtSession,
     SessionOptions,
@@ -38,7 +43,7 @@ class DeviceStandIn:
 
     STREAM = 7
     cudaStreamNonBlocking = 1
-    cudaError_t = SimpleNamespace(cudaSuccess=0)
+    cudaError_t = SimpleNamespace(cudaSuccess=0, cudaErrorStreamCaptureUnsupported=900)
     cudaMemcpyKind = SimpleNamespace(cudaMemcpyHostToDevice=1, cudaMemcpyDeviceToHost=2, cudaMemcpyDeviceToDevice=3)
     cudaStreamCaptureMode = SimpleNamespace(cudaStreamCaptureModeThreadLocal=1)
 
@@ -59,9 +64,15 @@ class DeviceStandIn:
         self.made = 0
         self.streams: set[int] = set()
         self.lent_from = 0
+        self.elsewhere_recorded = 0
 
     def cudaGetErrorString(self, error: int) -> tuple[int, bytes]:
-        return 0, {2: b"out of memory", 901: b"operation failed due to a previous error during capture"}[error]
+        texts = {
+            2: b"out of memory",
+            900: b"operation not permitted when stream is capturing",
+            901: b"operation failed due to a previous error during capture",
+        }
+        return 0, texts[error]
 
     def cudaGetLastError(self) -> tuple[int]:
         return (0,)
@@ -70,6 +81,9 @@ class DeviceStandIn:
         return 0, 0
 
     def cudaDeviceSynchronize(self) -> tuple[int]:
+        if self.elsewhere_recorded > 0:
+            self.elsewhere_recorded -= 1
+            return (900,)
         return self.cudaStreamSynchronize(self.STREAM)
 
     def cudaPointerGetAttributes(self, address: int) -> tuple[int, SimpleNamespace]:
@@ -614,7 +628,7 @@ def test_an_execution_that_the_runtime_refuses_is_told_with_its_log() -> None:
     session = session_on_a_stand_in()
     session.bind({"input": np.ones((1, 3), np.float32)})
     session._context.broken = True
-    session._log.log(LoggerStandIn.Severity.ERROR, "Error Code 3:\n  API usage.")
+    session._log.logger.log(LoggerStandIn.Severity.ERROR, "Error Code 3:\n  API usage.")
     with pytest.raises(MeasureFailed, match=r"tensorrt cannot run it: Error Code 3: API usage\.$"):
         session.lap()
 
@@ -728,6 +742,19 @@ def test_a_network_that_cannot_be_recorded_runs_without_and_says_why() -> None:
     assert (device.graphs, device.recording) == ({}, None)
 
 
+def test_a_stream_of_which_no_recording_can_begin_runs_without_and_says_why() -> None:
+    device = DeviceStandIn()
+    session = session_on_a_stand_in(device)
+    device.cudaStreamBeginCapture = lambda stream, mode: (900,)  # pyright: ignore[reportAttributeAccessIssue]
+    session.bind({"input": np.ones((1, 3), np.float32)})
+    for _ in range(3):
+        session.lap()
+    assert session._context.executions == 3
+    assert session.launch == (
+        "kernel by kernel: cudaStreamBeginCapture failed: operation not permitted when stream is capturing"
+    )
+
+
 def test_an_engine_that_says_itself_that_it_cannot_be_recorded_is_believed() -> None:
     session = session_on_a_stand_in()
     session._context.is_stream_capturable = lambda stream: False
@@ -764,6 +791,23 @@ def test_a_graph_is_recorded_anew_for_an_array_of_the_same_shape_elsewhere() -> 
         session.lap()
     assert np.array_equal(session.outputs()["output"], [[10, 10, 10]])
     assert (session.launch, device.made) == (CUDA_GRAPH, 2)
+
+
+def test_an_array_on_the_device_is_taken_once_another_thread_has_recorded_its_graph() -> None:
+    device = DeviceStandIn()
+    session = session_on_a_stand_in(device)
+    device.elsewhere_recorded = 2
+    outputs = session.run({"input": OnDevice(np.ones((1, 3), np.float32))})
+    assert np.array_equal(outputs["output"], [[2, 2, 2]])
+
+
+def test_a_recording_that_never_ends_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trt_session, "RECORDING_WAIT_SECONDS", 0.0)
+    device = DeviceStandIn()
+    session = session_on_a_stand_in(device)
+    device.elsewhere_recorded = 10_000
+    with pytest.raises(MeasureFailed, match="cudaDeviceSynchronize failed: operation not permitted when stream is cap"):
+        session.bind({"input": OnDevice(np.ones((1, 3), np.float32))})
 
 
 def test_an_array_on_the_device_at_an_odd_address_is_copied_there() -> None:
@@ -809,6 +853,20 @@ def test_a_round_trip_of_what_lies_on_the_device_is_refused() -> None:
     session.bind({"input": OnDevice(np.ones((1, 3), np.float32))})
     with pytest.raises(MeasureFailed, match=r"\['input'\] lie on the device; bind arrays of the host"):
         session.round_trip()
+
+
+def test_shapes_that_tensorrt_cannot_infer_are_one_sentence() -> None:
+    session = session_on_a_stand_in()
+
+    def fail() -> list[str]:
+        session._log.logger.log(LoggerStandIn.Severity.ERROR, "Error Code 4: no such reshape")
+        raise RuntimeError("Failed to infer shapes")
+
+    session._context.infer_shapes = fail
+    with pytest.raises(
+        MeasureFailed, match=r"tensorrt 10\.3 cannot infer its shapes: Error Code 4: no such reshape\.$"
+    ):
+        session.bind({"input": np.ones((1, 3), np.float32)})
 
 
 # Opening engines ----------------------------------------------------------------------------------------------------
@@ -936,6 +994,55 @@ def test_a_profiled_session_leaves_the_measured_one_as_it_is() -> None:
     assert np.array_equal(session.outputs()["output"], [[2, 2, 2]])
 
 
+def test_what_tensorrt_tells_its_first_logger_is_read_by_every_session_from_its_own_beginning() -> None:
+    # It writes to the logger of the session that came first, whichever lap fails.
+    session = session_on_a_stand_in()
+    session._log.logger.log(LoggerStandIn.Severity.ERROR, "of the past")
+    profiled = session.profiled()
+    profiled.bind({"input": np.ones((1, 3), np.float32)})
+    profiled._context.broken = True
+    session._log.logger.log(LoggerStandIn.Severity.ERROR, "of now")
+    with pytest.raises(MeasureFailed, match=r"tensorrt cannot run it: of now\.$"):
+        profiled.lap()
+    assert session._log.text() == "of the past; of now"
+
+
+OWN_LOGGER = """
+import gc, sys
+import tensorrt_rtx as trt
+from pathlib import Path
+from chip_deploy.export.target import BuildOptions
+from chip_deploy.export.trt_build import build_plan
+from chip_deploy.export.trt_log import Log
+{before}
+print(build_plan(trt, Path(sys.argv[1]), BuildOptions(), capabilities=("sm89",)).flags["warnings"])
+{after}
+"""
+
+
+@needs_rtx
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (
+            "first = Log(trt); runtime = trt.Runtime(first.logger); del first, runtime; gc.collect()",
+            "trt.get_plugin_registry().load_library('/no/such/library.so')",  # which it tells the logger
+        ),
+        ("runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))", ""),
+    ],
+    ids=["whoever came first is gone", "the program has a logger of its own"],
+)
+def test_the_logger_that_tensorrt_keeps_is_there_for_good_and_no_engine_is_warned_of_it(
+    before: str, after: str, tmp_path: Path
+) -> None:
+    export_onnx(torch.nn.Conv2d(3, 8, 3), torch.zeros(1, 3, 8, 8), tmp_path / "model.onnx")
+    code = OWN_LOGGER.format(before=before, after=after)
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "model.onnx")], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout.splitlines()[-1:]) == (0, ["[]"]), done.stderr
+
+
 def test_a_profiler_that_was_told_nothing_is_one_sentence() -> None:
     profiled = profiled_on_a_stand_in()
     profiled._context.times = {}
@@ -956,9 +1063,9 @@ def test_the_real_bindings_take_our_profiler() -> None:
 
 
 def test_the_logger_keeps_errors_and_warnings_apart_and_each_once() -> None:
-    log = collecting_logger(SimpleNamespace(ILogger=LoggerStandIn))
+    log = Log(SimpleNamespace(ILogger=LoggerStandIn))
     assert log.text() == "it logged no error"
     for severity, message in [(1, "bad."), (2, "odd"), (3, "fine"), (1, "bad."), (0, "worse"), (2, "odd")]:
-        log.log(severity, message)
+        log.logger.log(severity, message)
     assert log.text() == "bad; worse"
     assert log.warnings() == ["odd"]

@@ -108,6 +108,25 @@ def test_a_gpu_that_is_slowed_down_only_in_the_midst_of_the_laps_is_noticed(monk
     assert (found.before.gpu, found.after.gpu.reasons) == (H200, ["idle", "power cap"])
 
 
+def test_what_a_gpu_was_held_down_by_while_nobody_looked_is_a_doubt() -> None:
+    begun = H200.model_copy(update={"power_held_s": 3.0, "thermal_held_s": 0.5})
+    before = {"gpu": begun}
+    a_moment = begun.model_copy(update={"power_held_s": 3.001})
+    assert judged(before=before, gpu=begun).doubt == judged(before=before, gpu=a_moment).doubt == ""
+    for name, doubt in (("power_held_s", "by its power limit for 0.25 s"), ("thermal_held_s", "by heat for 2.8 s")):
+        found = judged(before=before, gpu=begun.model_copy(update={name: 3.25}))
+        assert found.doubt == f"the GPU's clocks were held down ({doubt})"
+        assert found.advice == ["Cool the GPU, or lock its clocks lower with `sudo nvidia-smi -lgc MHZ`."]
+
+
+@pytest.mark.parametrize("first", [None, 1.0])
+def test_a_counter_that_a_gpu_has_not_at_both_looks_says_nothing(first: float | None) -> None:
+    before = {"gpu": H200.model_copy(update={"power_held_s": first})}
+    assert (
+        judged(before=before, gpu=H200.model_copy(update={"power_held_s": 5.0 if first is None else None})).doubt == ""
+    )
+
+
 def test_advice_for_a_gpu_names_its_clock_and_for_a_jetson_its_own_tool() -> None:
     assert judged(gpu=H200).advice == ["`sudo nvidia-smi -lgc 1980` would lock the GPU's clock where it was."]
     jetson = judged(before={"power_mode": "15W"}, power_mode="15W", gpu=H200).advice
@@ -198,7 +217,9 @@ def test_nvidia_smi_and_nvpmodel_are_asked_where_they_are(tmp_path: Path, monkey
 
 NVML = """
 class NVMLError(Exception): pass
+class Violation: violationTime = 1_500_000_000
 NVML_CLOCK_SM, NVML_CLOCK_MEM, NVML_TEMPERATURE_GPU = 1, 2, 0
+NVML_PERF_POLICY_POWER, NVML_PERF_POLICY_THERMAL = 0, 1
 def nvmlInit(): pass
 def nvmlShutdown(): print("shut down")
 def nvmlDeviceGetHandleByIndex(index): return index
@@ -209,6 +230,9 @@ def nvmlDeviceGetEnforcedPowerLimit(device): return 700000
 def nvmlDeviceGetPowerUsage(device): raise NVMLError
 def nvmlDeviceGetTemperature(device, sensor): return 41
 def nvmlDeviceGetCurrentClocksThrottleReasons(device): return 0x44
+def nvmlDeviceGetViolationStatus(device, policy):
+    if policy == 1: raise NVMLError
+    return Violation
 """
 
 
@@ -224,7 +248,7 @@ def test_nvml_is_asked_where_it_can_be_imported_and_may_not_tell_everything(tmp_
     assert shut_down == "shut down"
     assert GpuState.model_validate_json(told) == GpuState(
         name="NVIDIA H200", sm="sm90", sm_mhz=1980, memory_mhz=3201, power_limit_w=700, temperature_c=41,
-        reasons=["power cap", "thermal slowdown (hardware)"],
+        reasons=["power cap", "thermal slowdown (hardware)"], power_held_s=1.5,
     )  # fmt: skip
 
 

@@ -21,6 +21,8 @@ TARGETS = ["trt", f"trt-rtx:{SM}"] if SM in CAPABILITIES["trt-rtx"] else ["trt"]
 PRECISIONS = ("fp32", "fp16", "int8")
 # Of 360 digits, what an engine may judge otherwise than its ONNX file does: near ties.
 ACCURACY_TOLERANCE = 0.02
+# Ten digits by chance: 0.1, and a deviation of 0.016 for 360 of them. The short training reaches about 0.5.
+BEYOND_CHANCE = 0.25
 NET = """
 from torch import nn
 
@@ -74,12 +76,9 @@ def test_an_engine_is_measured_beside_its_dense_twin(finished: tuple[str, Path],
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_an_engine_knows_what_its_onnx_file_knows(finished: tuple[str, Path], precision: str) -> None:
     report = read_report(finished[1])
-    accuracy = rows(finished[1])[precision].accuracy
-    assert accuracy is not None
-    assert report.accuracy.onnx is not None
-    if precision == "fp32":
-        assert accuracy == pytest.approx(report.accuracy.onnx, abs=ACCURACY_TOLERANCE)
-    assert accuracy > 0.5
+    files = {row.precision: row.accuracy for row in report.precisions} | {"fp32": report.accuracy.onnx}
+    assert rows(finished[1])[precision].accuracy == pytest.approx(files[precision], abs=ACCURACY_TOLERANCE)
+    assert files[precision] > BEYOND_CHANCE
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)

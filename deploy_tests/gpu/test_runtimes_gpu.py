@@ -25,6 +25,9 @@ GPU = find_gpu()
 pytestmark = pytest.mark.skipif(isinstance(GPU, str), reason=f"needs an NVIDIA GPU: {GPU}")
 TARGETS = ["ort-cuda", "torch:eager", "torch:compiled", "torch:cuda-graph"]
 TORCH = [target for target in TARGETS if target.startswith("torch")]
+needs_cuda_torch = pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="asks torch for the free memory, and this one sees no GPU"
+)
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +58,8 @@ def session(built: tuple[Target, Path, Engine]) -> Iterator[Session]:
 
 def usable(text: str, options: BuildOptions | None = None) -> Target:
     target = make_target(parse_target(text), options=options)
+    if text in TORCH and not torch.cuda.is_available():
+        pytest.skip(f"{text}: this torch sees no GPU, and runs on the CPU")
     if reason := target.unusable():
         pytest.skip(f"{text}: {reason}")
     return target
@@ -105,6 +110,7 @@ def test_two_sessions_do_not_disturb_each_other(built: tuple[Target, Path, Engin
         np.testing.assert_allclose(after["output"], before["output"], rtol=1e-5, atol=1e-6)
 
 
+@needs_cuda_torch
 def test_ten_thousand_laps_take_no_more_memory_than_a_hundred(session: Session) -> None:
     session.bind({"input": images()})
     for _ in range(100):
@@ -119,6 +125,7 @@ def test_ten_thousand_laps_take_no_more_memory_than_a_hundred(session: Session) 
     assert free_before - free_after < 64 * 2**21
 
 
+@needs_cuda_torch
 def test_binding_again_and_again_takes_no_more_memory(session: Session) -> None:
     for seed in range(20):
         session.bind({"input": images(seed=seed)})
@@ -149,7 +156,8 @@ def test_a_cuda_graph_changes_no_output(onnx_path: Path) -> None:
             session.bind({"input": images()})
             session.lap()
             outputs.append(session.outputs()["output"])
-    np.testing.assert_array_equal(*outputs)
+    # Each session chooses its convolutions by time, and TF32 keeps 10 bits of a factor: by that much of the largest.
+    np.testing.assert_allclose(*outputs, rtol=0, atol=2**-10 * np.abs(outputs[0]).max())
 
 
 def test_onnxruntime_times_kernels_or_says_that_it_cannot(onnx_path: Path) -> None:

@@ -10,13 +10,14 @@ import torch
 from torch import nn
 
 from chip_deploy.export.agree import compare_outputs, require_agreement
+from chip_deploy.export.bundle import sha256_file
 from chip_deploy.export.errors import BuildFailed
 from chip_deploy.export.layers import LayerMap
 from chip_deploy.export.node_times import profile_of
 from chip_deploy.export.onnx_export import export_onnx
 from chip_deploy.export.onnx_graph import read_graph
 from chip_deploy.export.shapes import DYNAMIC_BATCH
-from chip_deploy.export.target import CAPABILITIES, Engine, Target, engine_path, parse_target
+from chip_deploy.export.target import CAPABILITIES, Engine, Target, engine_path, parse_target, sidecar_path
 from chip_deploy.export.target_trt import Gpu, find_gpu
 from chip_deploy.export.targets import make_target
 from chip_deploy.export.trt_session import TrtSession
@@ -126,13 +127,17 @@ def test_a_profile_finds_every_layer_of_the_network_and_some_time_in_it(onnx_pat
     assert 1e-3 < profile.total_ms < 1e3
 
 
-def test_a_truncated_plan_is_refused_with_the_runtimes_words(built: tuple[Target, Path, Engine]) -> None:
-    target, path, _ = built
-    broken = path.with_name("broken.engine")
+def test_a_truncated_plan_is_refused_with_the_runtimes_words(
+    built: tuple[Target, Path, Engine], tmp_path: Path
+) -> None:
+    target, path, engine = built
+    broken = tmp_path / "broken.engine"
     broken.write_bytes(path.read_bytes()[:1000])
+    # As if it had been built so: what was cut later is found by its digest.
+    cut = engine.model_copy(update={"sha256": sha256_file(broken), "bytes": 1000})
+    sidecar_path(broken).write_text(cut.model_dump_json())
     with pytest.raises(BuildFailed, match=r"broken\.engine: tensorrt.* cannot read the engine"):
-        target._open(broken)
-    broken.unlink()
+        target.open(broken)
 
 
 def test_events_time_the_execution_and_the_transfers_around_it(session: TrtSession) -> None:
