@@ -58,8 +58,8 @@ FRAGILE = {
 SUMMING = ("AveragePool", "GlobalAveragePool", "ReduceL1", "ReduceMean", "ReduceSum")
 # Operators that read a constant as a bound: infinity instead of a huge number bounds the same.
 BOUNDED = ("Clip", "Max", "Min", "Pad", "Where")
-# What the parser of TensorRT (RTX 1.7.1) refuses though ONNX has it.
-UNREAD = {"bf16": ("HardSwish",)}
+# What TensorRT (RTX 1.7.1) does not build though ONNX has it.
+UNREAD = {"bf16": ("ConvTranspose", "HardSwish", "Mish")}
 # Operators whose third input is added to what they multiply.
 BIASED = ("Conv", "ConvTranspose", "Gemm")
 QUANTIZATION = ("QuantizeLinear", "DequantizeLinear")

@@ -350,6 +350,22 @@ class Target(ABC):
         require_usable(self)
         return self._onnx_opener(onnx_path)
 
+    def engine_layer_types(self, engine_path: Path, onnx_path: Path) -> LayerTypes | None:
+        """In which types the layers of a finished engine run, asked from the engine itself, which has to run here.
+
+        None where the runtime does not tell. `onnx_path` is the file that it was built from.
+        Raises: IntegrityError; BuildFailed when the engine cannot be opened.
+        """
+        del engine_path, onnx_path
+        return None
+
+    def cannot_run_own(self) -> str | None:
+        """Why what is built here cannot run here although there is a GPU, as sentences; None when it can.
+
+        Loads the runtime where that is cheap. Raises: TargetUnavailable when it does not load: nothing is built then.
+        """
+        return None
+
     def _onnx_opener(self, onnx_path: Path) -> Callable[[], Session]:
         return lambda: self._open_onnx(onnx_path)
 

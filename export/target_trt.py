@@ -116,6 +116,33 @@ class TensorRTTarget(Target):
         other = ONLY_STANDARD if self._ahead_of_time else ONLY_RTX
         return tuple(name for name in BuildOptions.model_fields if name not in other)
 
+    def engine_layer_types(self, engine_path: Path, onnx_path: Path) -> LayerTypes | None:
+        """By TensorRT's inspector, of an engine that was built where no GPU could open it."""
+        engine = read_sidecar(engine_path)
+        return self._told_types(
+            engine_path,
+            onnx_path,
+            engine.precision,
+            tf32=bool(engine.flags.get("tf32")),
+            host_code=built_with(engine).version_compatible,
+        )
+
+    def cannot_run_own(self) -> str | None:
+        """Why an engine that is built here cannot run here: no cuda-python, or a GPU that the target does not name."""
+        self._runtime()
+        gpu = find_gpu()
+        if isinstance(gpu, str):
+            return None  # nothing runs here, whatever is installed
+        if reason := no_cudart():
+            return reason
+        if self._fits(self._built_for(), gpu):
+            return None
+        known = ", ".join(map(_dotted, self._built_for()["capabilities"].split(",")))
+        return (
+            f"its engines are for SM {known}, and this GPU has SM {_dotted(gpu.sm)} ({gpu.name}). "
+            f"Use --target {self._target_for(gpu)}."
+        )
+
     def _build(self, onnx_path: Path, engine_path: Path) -> Build:
         trt = self._runtime()
         plan = self._plan(trt, onnx_path)
@@ -131,15 +158,23 @@ class TensorRTTarget(Target):
         """By the engine itself where a GPU here can open it, else by the ONNX file."""
         gpu = find_gpu()
         if isinstance(gpu, Gpu) and self._fits(build.built_for, gpu):
-            options = SessionOptions(host_code=self.options.version_compatible)
-            told = engine_information(self._runtime(), engine_path.read_bytes(), name=str(onnx_path), options=options)
-            with contextlib.suppress(ValueError):  # an inspector that tells nothing readable
-                if found := engine_types(told, precision, onnx_path=onnx_path, tf32=bool(build.flags.get("tf32"))):
-                    return found
+            tf32, host_code = bool(build.flags.get("tf32")), self.options.version_compatible
+            if found := self._told_types(engine_path, onnx_path, precision, tf32=tf32, host_code=host_code):
+                return found
         types = super()._layer_types(onnx_path, engine_path, build, precision)
         if types is None or not self._ahead_of_time or not {"fp16", "fp32"} <= types.multiplying.keys():
             return types
         return types.model_copy(update={"sentence": f"{types.sentence} {DEMOTED}"})
+
+    def _told_types(
+        self, engine_path: Path, onnx_path: Path, precision: str, *, tf32: bool, host_code: bool
+    ) -> LayerTypes | None:
+        """What the engine's own inspector tells; None where it tells nothing readable."""
+        options = SessionOptions(host_code=host_code)
+        told = engine_information(self._runtime(), engine_path.read_bytes(), name=str(onnx_path), options=options)
+        with contextlib.suppress(ValueError):
+            return engine_types(told, precision, onnx_path=onnx_path, tf32=tf32)
+        return None
 
     def _cannot_run(self, engine: Engine) -> str | None:
         gpu = find_gpu()

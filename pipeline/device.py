@@ -40,6 +40,7 @@ from ..export.target import (
     PRECISIONS,
     BuildOptions,
     Engine,
+    LayerTypes,
     Session,
     Target,
     built_with,
@@ -226,6 +227,7 @@ def measured_row(
         "watch": found[0].watch,
         "times": found[0].times,
         "layers": layers,
+        "layer_types": _layer_types(target, engine, engine_file, pruned_onnx),
         "batches": [_batch_row(each, one) for each, one in zip(protocols, found, strict=True)],
     }
     return EngineRow.model_validate(dict(unmeasured_row(engine, f"{comparison.reason}{missing}")) | numbers)
@@ -375,6 +377,17 @@ def _layers(
         return None, f" No layer was timed: {err}"
     step = width_step(target.spec, engine.precision)
     return compare_layers(*profiles, speedup=measured.comparison.speedup.estimate, width_step=step), ""
+
+
+def _layer_types(target: Target, engine: Engine, engine_file: Path, onnx_path: Path) -> LayerTypes | None:
+    """In which types the layers run: as the engine tells, which may have been built where it could not be asked."""
+    known = engine.layer_types
+    if known is None or known.source == "engine":
+        return known
+    try:
+        return target.engine_layer_types(engine_file, onnx_path) or known
+    except (BuildFailed, IntegrityError, OSError):  # it has just been measured, and its numbers stay
+        return known
 
 
 def _images(golden: Golden, batch: int) -> np.ndarray:

@@ -16,13 +16,13 @@ from rich.text import Text
 
 from .. import __version__
 from ..export import nvidia
+from ..export.errors import TargetUnavailable
 from ..export.machine import Machine, read_machine
 from ..export.nvidia import Clocks
 from ..export.target import CAPABILITIES, PRECISIONS, TargetSpec
 from ..export.targets import make_target
 from ..export.watch import power_mode
 from .cli import attempted
-from .device import TENSORRT
 from .tables import plain_table
 
 # Where the distribution's name is not the module's, or where one of several may hold the module.
@@ -184,10 +184,13 @@ def _uses(spec: TargetSpec) -> tuple[bool, bool, str]:
     target = make_target(spec)
     if reason := target.unusable():
         return False, False, reason
+    try:
+        obstacle = target.cannot_run_own()
+    except TargetUnavailable as err:
+        return False, False, str(err)
     if target.on_gpu and (gpu := _no_gpu()):
         return True, False, f"measures on a GPU only: {gpu}. Copy the bundle to the device and measure it there."
-    reason = _no_cudart() if spec.name in TENSORRT else ""
-    return True, not reason, reason
+    return (True, False, obstacle) if obstacle else (True, True, "")
 
 
 def _no_gpu() -> str | None:
@@ -196,13 +199,6 @@ def _no_gpu() -> str | None:
 
     gpu = find_gpu()
     return gpu if isinstance(gpu, str) else None
-
-
-def _no_cudart() -> str:
-    """Why an engine of TensorRT cannot run here for want of CUDA's runtime calls; empty where it can."""
-    from ..export.target_trt import no_cudart
-
-    return no_cudart() or ""
 
 
 def _nvidia() -> Nvidia:

@@ -177,7 +177,9 @@ def build_stage(ready: Prepared, journal: Journal, files: OnnxFiles) -> StageRes
             journal.display.progress(count / len(ready.engines), f"{target.spec} {precision}")
             path = engine_path(folder, target.spec, precision)
             check = agreement_check(lambda: read_golden(files.golden.parent))
-            build_best(target, files.path("model", precision), path, precision=precision, check=check)
+            engine = build_best(target, files.path("model", precision), path, precision=precision, check=check)
+            for warning in engine.flags.get("warnings", []):
+                journal.display.note(warning)
         return {}
 
     inputs = {"onnx": files.digest, "options": ready.recipe.build.model_dump(mode="json"),

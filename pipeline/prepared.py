@@ -18,7 +18,7 @@ from ..chip.groups import ChannelGraph, ChannelGroup
 from ..chip.plan import PrunePlan, make_plan, weights_digest
 from ..chip.scores import ChannelScores
 from ..chip.surgery import apply_plan, prove
-from ..export.target import Target, parse_target, require_usable
+from ..export.target import BuildOptions, Target, parse_target, require_usable
 from ..export.targets import make_target
 from .data import DataSet, Images, default_size, normalise, open_data
 from .display import Display
@@ -29,11 +29,13 @@ from .recipe import Recipe
 from .recipe_values import BY_SCORES, budget_of, criteria_of, most_images, rules_of, score_device
 from .refusals import (
     require_data_for_8_bits,
+    require_effect,
     require_free_batch,
     require_labels,
     require_left_out,
     require_no_turing_products,
     require_precisions,
+    require_shapes,
     require_weights,
 )
 from .score_file import read_scores, require_score_file
@@ -72,10 +74,20 @@ class Prepared:
 
     @property
     def left_out(self) -> list[str]:
-        """For each precision that a target does not take while another does: that it is left out, and why."""
+        """For each precision or build option that a target does not take while another does: that it is left out."""
         asked = product(self.targets, self.recipe.export.precision)
         refused = [(target.spec, precision, target.refuses(precision)) for target, precision in asked]
-        return [f"{what} is left out for target '{spec}': {why}" for spec, what, why in refused if why]
+        precisions = [f"{what} is left out for target '{spec}': {why}" for spec, what, why in refused if why]
+        return precisions + [
+            f"without effect on target '{target.spec}', and left out there: {', '.join(ignored)}"
+            for target in self.targets
+            if (ignored := self._ignored_by(target))
+        ]
+
+    def _ignored_by(self, target: Target) -> list[str]:
+        """The build options that others of the targets take, and `target` does not."""
+        taken = {name for each in self.targets for name in each.takes} - set(target.takes)
+        return [f"build.{name}" for name in self.recipe.build.chosen() if name in taken]
 
     @property
     def trains_dense(self) -> bool:
@@ -98,10 +110,9 @@ def prepare(
     Raises: as `prune`, and what `admit` raises.
     """
     display.stage("prepare")
-    targets = [
-        make_target(parse_target(text), threads=recipe.measure.threads, options=recipe.build) for text in recipe.targets
-    ]
+    targets = made_targets(recipe)
     if needs_cut and needs_engines:
+        require_effect(targets, recipe.build)
         for target in [*targets, reference_target()]:
             require_usable(target)
         require_precisions(targets, recipe.export.precision)
@@ -127,6 +138,8 @@ def prepare(
     if recipe.model.weights is not None:
         load_weights(built.module, recipe.model.weights)
     example = normalise(data.test.read(torch.arange(1)))
+    if needs_cut and needs_engines:
+        require_shapes(recipe, targets, example)
     if needs_cut:
         require_left_out(recipe, built.module, example)
     cost = CostModel(built.module, example)
@@ -160,6 +173,18 @@ def prepare(
         apply_plan(built.module, trial, example)
         prove(built.module, trial, example, seed=recipe.seed)
     return ready
+
+
+def made_targets(recipe: Recipe) -> list[Target]:
+    """The recipe's targets, each without the build options that only others of them take.
+
+    Raises: ValueError for an unknown target, or an option that its only target cannot take.
+    """
+    specs = [parse_target(text) for text in recipe.targets]
+    takes = [make_target(spec).takes for spec in specs]
+    options = [_options_among(recipe.build, own, frozenset().union(*takes)) for own in takes]
+    threads = recipe.measure.threads
+    return [make_target(spec, threads=threads, options=each) for spec, each in zip(specs, options, strict=True)]
 
 
 def variant(ready: Prepared, recipe: Recipe) -> Prepared:
@@ -226,6 +251,13 @@ def build_network(recipe: Recipe, data: DataSet) -> BuiltModel:
 def reference_target() -> Target:
     """onnxruntime on this CPU: what every exported network is compared on."""
     return make_target(parse_target("ort-cpu"), threads=1)
+
+
+def _options_among(options: BuildOptions, own: Sequence[str], taken: frozenset[str]) -> BuildOptions:
+    """The options without those that are `taken`, but not by the target's `own` ones; what nobody takes stays, to be
+    refused."""
+    kept = {name: value for name, value in options.chosen().items() if name in own or name not in taken}
+    return BuildOptions.model_validate(kept)
 
 
 def _early_widths(

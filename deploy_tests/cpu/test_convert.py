@@ -82,7 +82,7 @@ def test_as_few_layers_are_left_out_as_the_bound_needs(sources, tmp_path, most, 
     assert (row.conversion.layers, row.conversion.quantised) == (5, quantised)
     assert row.accuracy == 1 - quantised / IMAGES
     assert len(weights_quantised(tmp_path / "model.int8.onnx")) == quantised
-    assert judge.calls <= 4
+    assert judge.calls <= 5
 
 
 def test_the_most_sensitive_layers_are_left_out_first_and_the_reason_names_the_bound(sources, tmp_path) -> None:

@@ -14,12 +14,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from chip_deploy.export.bundle import verify_bundle, write_manifest
+from chip_deploy.export.bundle import read_manifest, verify_bundle, write_manifest
+from chip_deploy.export.errors import BuildFailed
 from chip_deploy.export.golden import Golden
 from chip_deploy.export.laps_file import laps_path, read_laps
 from chip_deploy.export.ort_session import OrtSession
 from chip_deploy.export.protocol import LatencyProtocol
-from chip_deploy.export.target import parse_target
+from chip_deploy.export.target import LayerTypes, parse_target, read_engine, sidecar_path
 from chip_deploy.export.target_ort import OrtCpuTarget
 from chip_deploy.export.target_torch import TorchTarget
 from chip_deploy.pipeline import device
@@ -304,6 +305,48 @@ def test_a_network_that_is_compiled_when_it_is_bound_is_compiled_before_others_a
             progress=lambda fraction, text: None,
         )  # fmt: skip
     assert done == (["bound", "closed", "watched"] if way == "compiled" else ["watched"])
+
+
+def told_by_the_graph(bundle: Path) -> LayerTypes:
+    """What the sidecar says of the engine's types after this: what one says that was built where no GPU was."""
+    engine, was = read_engine(bundle / ENGINE), read_manifest(bundle)
+    assert engine.layer_types is not None
+    types = engine.layer_types.model_copy(update={"source": "graph"})
+    sidecar_path(bundle / ENGINE).write_text(engine.model_copy(update={"layer_types": types}).model_dump_json())
+    write_manifest(bundle, versions=was.versions, lineage=was.lineage)
+    return types
+
+
+def test_types_that_only_the_graph_told_are_asked_from_the_engine_where_it_is_measured(
+    bundle: Path, display: PlainDisplay, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = told_by_the_graph(bundle).model_copy(
+        update={"source": "engine", "other_type": ["conv"], "sentence": "conv runs in FP32."}
+    )
+    asked = []
+
+    def inspected(_: OrtCpuTarget, engine_path: Path, onnx_path: Path) -> LayerTypes:
+        asked.append((engine_path, onnx_path))
+        return told
+
+    monkeypatch.setattr(OrtCpuTarget, "engine_layer_types", inspected)
+    (row,) = remeasure(bundle, None, display)
+    assert asked == [(bundle / ENGINE, bundle / "model.onnx")]
+    assert row.layer_types == row_of(bundle).layer_types == told
+    assert "conv runs in FP32." in (bundle / "report.md").read_text()
+
+
+def test_a_measurement_stays_where_the_engine_does_not_tell_its_types(
+    bundle: Path, display: PlainDisplay, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> LayerTypes:
+        raise BuildFailed("the inspector fails")
+
+    before = told_by_the_graph(bundle)
+    monkeypatch.setattr(OrtCpuTarget, "engine_layer_types", broken)
+    (row,) = remeasure(bundle, None, display)
+    assert row.latency_ms is not None
+    assert row.layer_types == before
 
 
 def _interrupted(*_args: object, **_options: object) -> None:

@@ -186,6 +186,7 @@ def test_what_cannot_run_for_want_of_cuda_python_says_so(
     monkeypatch.setattr(target_trt, "find_gpu", lambda: Gpu("Orin", "sm87"))
     monkeypatch.setattr(target_trt, "driver_cuda", lambda: (12, 6))
     monkeypatch.setattr(target_trt, "_installed", lambda name: name == "tensorrt")
+    monkeypatch.setattr(target_trt, "_import", lambda _: None)
     diagnosis = diagnose({"cuda": "trt"})
     row = next(row for row in diagnosis.targets if row.target == "trt")
     assert (row.builds, row.runs) == (True, False)
@@ -196,6 +197,55 @@ def test_what_cannot_run_for_want_of_cuda_python_says_so(
     shown = rendered(package_table, diagnosis.model_copy(update={"nvidia": found, "packages": packages}), capsys)
     assert "`pip install cuda-python`" in shown
     assert "chip-deploy[trt]" not in shown
+
+
+@pytest.mark.parametrize(
+    ("gpu", "reason", "remedy"),
+    [
+        (Gpu("NVIDIA H200", "sm90"), "this GPU has SM 9.0 (NVIDIA H200)", "Use --target trt."),
+        (Gpu("Orin", "sm87"), "this GPU has SM 8.7 (Orin)", "Use --target trt."),
+        (Gpu("Tesla T4", "sm75"), "this GPU has SM 7.5 (Tesla T4)", "Use --target trt-rtx:sm75."),
+    ],
+)
+def test_a_gpu_that_the_portable_engine_is_not_for_measures_nothing(
+    gpu: Gpu, reason: str, remedy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx has no wheel for this platform")
+    monkeypatch.setattr(target_trt, "find_gpu", lambda: gpu)
+    monkeypatch.setattr(target_trt, "load_cudart", lambda: None)
+    row = next(row for row in diagnose({}).targets if row.target == "trt-rtx")
+    assert (row.builds, row.runs, row.remedy) == (True, False, remedy)
+    assert row.reason == f"its engines are for SM 8.0, 8.6, 8.9, 12.0+, and {reason}"
+
+
+def test_without_cuda_python_nothing_is_measured_by_tensorrt(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(target_trt, "find_gpu", lambda: Gpu("NVIDIA L4", "sm89"))
+    monkeypatch.setattr(target_trt, "_installed", lambda name: name.startswith("tensorrt"))
+    monkeypatch.setattr(target_trt, "driver_cuda", lambda: (13, 0))
+    monkeypatch.setattr(target_trt, "_import", lambda _: None)
+    for row in diagnose({}).targets:
+        if row.target in ("trt", "trt-rtx"):
+            assert (row.builds, row.runs, row.remedy) == (
+                True,
+                False,
+                "Install it with `pip install 'cuda-python<13.1'`.",
+            )
+            assert row.reason.startswith("cuda-python is not installed")
+
+
+@pytest.mark.parametrize("gpu", [Gpu("NVIDIA L4", "sm89"), "no CUDA driver"])
+def test_a_tensorrt_that_does_not_load_builds_nothing(gpu: Gpu | str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(name: str) -> None:
+        raise TargetUnavailable(
+            f"the Python package '{name}' does not load (libnvinfer.so.10: gone). Install it again."
+        )
+
+    monkeypatch.setattr(target_trt, "find_gpu", lambda: gpu)
+    monkeypatch.setattr(target_trt, "_installed", lambda _: True)
+    monkeypatch.setattr(target_trt, "_import", broken)
+    row = next(row for row in diagnose({}).targets if row.target == "trt-rtx")
+    assert (row.builds, row.runs, row.remedy) == (False, False, "Install it again.")
+    assert row.reason == "the Python package 'tensorrt_rtx' does not load (libnvinfer.so.10: gone)"
 
 
 def test_a_jetson_is_shown_with_its_system_and_its_clocks(capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,6 +18,7 @@ from chip_deploy.export.gate import check_gate, parse_requirement
 from chip_deploy.export.golden import engine_agreement, read_golden, write_golden
 from chip_deploy.export.precision import Reference
 from chip_deploy.export.target import read_engine
+from chip_deploy.export.target_ort import OrtCpuTarget
 from chip_deploy.pipeline import device, engine_stages, stages
 from chip_deploy.pipeline.cli import main
 from chip_deploy.pipeline.convert import Attempts
@@ -159,6 +160,18 @@ def signed_again(bundle: Path) -> None:
     """The manifest of a bundle in which a test has changed a file."""
     was = read_manifest(bundle)
     write_manifest(bundle, versions=was.versions, lineage=was.lineage)
+
+
+def test_what_a_builder_warns_of_is_said_while_the_engine_is_built(arguments, tmp_path, monkeypatch, capsys) -> None:
+    real = OrtCpuTarget._build
+
+    def warned(self, *files):
+        made = real(self, *files)
+        return made._replace(flags=made.flags | {"warnings": ["it holds code for the host"]})
+
+    monkeypatch.setattr(OrtCpuTarget, "_build", warned)
+    assert main([*arguments, "--target", "ort-cpu", "--out", str(tmp_path / "bundle")]) == 0
+    assert "it holds code for the host" in " ".join("".join(capsys.readouterr()).split())
 
 
 def test_the_dense_control_of_an_engine_is_the_dense_network_in_its_precision(bundle, monkeypatch) -> None:

@@ -36,7 +36,7 @@ from chip_deploy.export.target import (
 from chip_deploy.export.target_trt import DEMOTED, Gpu, TensorRTTarget, find_gpu
 from chip_deploy.export.trt_build import HOST_CODE, NEWEST_OPSET, build_plan
 from chip_deploy.export.trt_caches import FOLDER_VARIABLE, CacheFile
-from chip_deploy.export.trt_session import TrtSession
+from chip_deploy.export.trt_session import SessionOptions, TrtSession
 
 NO_RTX = importlib.util.find_spec("tensorrt_rtx") is None
 needs_rtx = pytest.mark.skipif(NO_RTX, reason="tensorrt-rtx is not installed (it has wheels for x86-64 only)")
@@ -548,6 +548,29 @@ def test_where_cuda_python_alone_is_missing_it_alone_is_to_be_installed(monkeypa
         "cuda-python is not installed, and TensorRT engines run through it. "
         "Install it with `pip install 'cuda-python<12.7'`"
     )
+
+
+@pytest.mark.parametrize("compatible", [False, True])
+def test_the_types_of_a_finished_engine_are_asked_as_it_was_built(
+    compatible: bool, onnx_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "engines" / "trt-rtx-sm86.fp32.engine"
+    path.parent.mkdir()
+    path.write_bytes(b"plan")
+    flags = {"options": {"version_compatible": True} if compatible else {}}
+    sidecar_path(path).write_text(engine_of("trt-rtx:sm86", flags=flags).model_dump_json())
+    asked = []
+
+    def inspected(_trt: object, plan: bytes, *, name: str, options: SessionOptions) -> str:
+        asked.append((plan, name, options.host_code))
+        return "no JSON"
+
+    monkeypatch.setattr(target_trt, "_import", lambda _: None)
+    monkeypatch.setattr(target_trt, "engine_information", inspected)
+    monkeypatch.setattr(target_trt, "engine_types", lambda told, *_, **options: (told, options["tf32"]))
+    target = TensorRTTarget(parse_target("trt-rtx:sm86"))
+    assert target.engine_layer_types(path, onnx_path) == ("no JSON", False)
+    assert asked == [(b"plan", str(onnx_path), compatible)]
 
 
 @needs_rtx

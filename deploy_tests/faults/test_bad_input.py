@@ -63,6 +63,9 @@ def _with(**changes):
         ({"set": "score.images=9"}, 2, ["score.images", "9", "8"]),
         ({"set": "measure.batch=4"}, 2, ["export.dynamic_batch"]),
         ({"set": "targets=[]", "target": None}, 2, ["no target"]),
+        ({"set": "build.builds=3"}, 2, ["build.builds has no effect on target 'ort-cpu'", "takes none"]),
+        ({"set": "build.timing_cache=false", "target": "trt-rtx:sm86"}, 2, ["timing_cache has no", "runtime_cache"]),
+        ({"set": "build.builds=3", "target": "trt-rtx:sm86"}, 2, ["builds the same bytes every time"]),
     ],
 )  # fmt: skip
 def test_is_refused(changes, code, words, capsys, tmp_path):
@@ -155,6 +158,40 @@ def test_an_output_folder_below_a_file(capsys, tmp_path):
 def test_turing_is_refused_before_any_work(capsys, tmp_path):
     pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx has no wheel for this platform")
     _refused(capsys, 3, "sm75", "'linear'", arguments=_with(target="trt-rtx:sm75"), out=tmp_path / "bundle")
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (["build.shapes=['image:1x3x32x32']"], ["no input 'image'", "The network has: input."]),
+        (["build.shapes=['input:4x3x32x32']"], ["axis 0", "is fixed", "export.dynamic_batch=true"]),
+        (["build.shapes=['input:1x3x16x16']", "export.dynamic_batch=true"], ["axis 2 of (any, 3, 32, 32) is fixed"]),
+        (["build.shapes=['input:4x3x32x32']", "export.dynamic_batch=true"], ["measure.batch is 1", "input:1x3x32x32"]),
+        (["measure.batch=64", "export.dynamic_batch=true"], ["measure.batch is 64", "1x3x32x32/1x3x32x32/32x3x32x32"]),
+    ],
+)
+def test_shapes_that_an_engine_cannot_have_are_refused_before_any_work(settings, words, capsys, tmp_path, monkeypatch):
+    pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx has no wheel for this platform")
+    monkeypatch.setattr("chip_deploy.pipeline.prepared.ChannelGraph", lambda *_: pytest.fail("work began"))
+    more = [word for setting in settings for word in ("--set", setting)]
+    _refused(capsys, 2, *words, arguments=[*_with(target="trt-rtx:sm86"), *more], out=tmp_path / "bundle")
+
+
+def test_a_batch_of_any_size_is_for_a_target_that_is_built_for_no_shapes(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    more = ["--set", "measure.batch=64", "--set", "export.dynamic_batch=true"]
+    assert main(["prune", *GOOD, *more, "--dry-run"]) == 0, capsys.readouterr().err
+
+
+def test_a_build_option_goes_to_the_targets_that_take_it_and_the_others_go_without_aloud(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("chip_deploy.export.target_trt.TensorRTTarget.unusable", lambda _: None)
+    more = ["--target", "trt", "--target", "trt-rtx:sm86", "--set", "build.builds=3", "--set", "build.tf32=false"]
+    assert main(["prune", *GOOD, *more, "--dry-run"]) == 0, capsys.readouterr().err
+    said = " ".join("".join(capsys.readouterr()).split())
+    assert "without effect on target 'ort-cpu', and left out there: build.tf32, build.builds" in said
+    assert "without effect on target 'trt-rtx:sm86', and left out there: build.builds" in said
+    assert "target 'trt'," not in said
 
 
 def test_a_name_that_is_too_long(capsys, tmp_path):
