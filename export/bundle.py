@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
@@ -17,7 +18,10 @@ from .errors import IntegrityError
 
 MANIFEST = "manifest.json"
 WORK = ".work"
+UNDO = f"{WORK}/undo/undo.json"
+"""There while several files of a bundle change together: what they were."""
 READ_BYTES = 1 << 20
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 
 class FileEntry(BaseModel):
@@ -52,14 +56,25 @@ def writing_atomically(path: Path) -> Iterator[Path]:
     """A path beside `path` to write to; it takes the name `path` when the block ends well, and is removed otherwise.
 
     The name is fixed, so what a killed process left behind is overwritten by the next attempt.
+    Raises: OSError with the name `path` where the system gave none, as for a disk that is full.
     """
-    unfinished = path.with_name(f".{path.name}.part")
+    unfinished = part_path(path)
     try:
         yield unfinished
         _flush_to_disk(unfinished)
         unfinished.replace(path)
+    except OSError as err:
+        if err.errno is None or err.filename is not None:
+            raise
+        advice = "; free space, and run the command again" if err.errno in NO_SPACE else ""
+        raise OSError(err.errno, f"{err.strerror}{advice}", str(path)) from err
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def part_path(path: Path) -> Path:
+    """Where the content of `path` is written before it takes that name."""
+    return path.with_name(f".{path.name}.part")
 
 
 def require_place(path: Path, bundles: Sequence[Path]) -> Path:
@@ -106,16 +121,26 @@ def sha256_file(path: Path) -> str:
     return digest.hexdigest()
 
 
-def write_manifest(bundle: Path, *, versions: Mapping[str, str], lineage: Mapping[str, str]) -> Manifest:
+def write_manifest(
+    bundle: Path,
+    *,
+    versions: Mapping[str, str],
+    lineage: Mapping[str, str],
+    before: Manifest | None = None,
+    but: Callable[[str], bool] | None = None,
+) -> Manifest:
     """The manifest of `bundle`, written to its manifest.json: every file but the manifest and .work, sorted by path.
 
+    Files that `but` chooses are not read: they stay in it as the manifest `before` has them.
     Raises: IntegrityError for a link, which would ship as nothing.
     """
+    entries = [_entry(bundle, path) for path in _shipped_files(bundle) if not (but and but(path))]
+    kept = [entry for entry in before.files if but(entry.path)] if before and but else []
     manifest = Manifest(
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         versions=dict(versions),
         lineage=dict(lineage),
-        files=[_entry(bundle, path) for path in _shipped_files(bundle)],
+        files=sorted([*entries, *kept], key=lambda entry: entry.path),
     )
     write_json_atomic(bundle / MANIFEST, manifest)
     return manifest
@@ -144,22 +169,52 @@ def read_manifest(bundle: Path) -> Manifest:
         ) from err
 
 
-def verify_bundle(bundle: Path) -> Manifest:
-    """The manifest of `bundle`, once every file has been found to be the one it names.
+def verify_bundle(bundle: Path, *, but: Callable[[str], bool] | None = None) -> Manifest:
+    """The manifest of `bundle`, once every file has been found to be the one it names; `but` chooses files by their
+    path that are not looked at.
 
     Cost: reads every file of the bundle once.
-    Raises: IntegrityError naming the first file, in path order, that is missing, changed or not in the manifest.
+    Raises: IntegrityError naming the first file, in path order, that is missing, changed or not in the manifest; or
+    telling what restores a bundle that a command was killed in.
     """
     manifest = read_manifest(bundle)
-    named = {_safe_path(entry.path): entry for entry in manifest.files}
+    try:
+        _require_files(bundle, manifest, but)
+    except IntegrityError as err:
+        if not (bundle / UNDO).is_file():
+            raise
+        raise IntegrityError(
+            f"{bundle}: a command is changing it, or was killed while it did. Wait for it; or run `chip-deploy build` "
+            "or `chip-deploy measure` again, which restores it first."
+        ) from err
+    return manifest
+
+
+def safe_path(path: str) -> str:
+    """`path`, if it stays inside the bundle. Raises: IntegrityError for an absolute path or one with `..`."""
+    pure = PurePosixPath(path)
+    if pure.is_absolute() or ".." in pure.parts or pure.as_posix() != path:
+        raise IntegrityError(f"{MANIFEST}: {path!r} is no path inside the bundle. Do not use this bundle.")
+    return path
+
+
+def _require_files(bundle: Path, manifest: Manifest, but: Callable[[str], bool] | None) -> None:
+    """Raises IntegrityError for the first file, in path order, that is not as the manifest says."""
+    named = {safe_path(entry.path): entry for entry in manifest.files}
     found = set(_shipped_files(bundle))
     for path in sorted(found | named.keys()):
+        if but is not None and but(path):
+            continue
         if path not in named:
             raise IntegrityError(f"{path}: not in {MANIFEST} of {bundle}. Remove it, or write the manifest again.")
         if path not in found:
-            raise IntegrityError(f"{path}: missing from {bundle}, but named by its {MANIFEST}. Restore the file.")
+            raise IntegrityError(f"{path}: missing from {bundle}, but named by its {MANIFEST}. {_way_back(path)}")
         _require_unchanged(bundle, named[path])
-    return manifest
+
+
+def _way_back(path: str) -> str:
+    """How a damaged file comes back: an engine can be built again."""
+    return "Restore the file, or run `chip-deploy build`." if path.startswith("engines/") else "Restore the file."
 
 
 def _entry(bundle: Path, path: str) -> FileEntry:
@@ -172,13 +227,13 @@ def _require_unchanged(bundle: Path, expected: FileEntry) -> None:
     size = (bundle / expected.path).stat().st_size
     if size != expected.bytes:
         raise IntegrityError(
-            f"{expected.path}: {size} bytes in {bundle}, {expected.bytes} in its {MANIFEST}. Restore the file."
+            f"{expected.path}: {size} bytes in {bundle}, {expected.bytes} in its {MANIFEST}. {_way_back(expected.path)}"
         )
     digest = sha256_file(bundle / expected.path)
     if digest != expected.sha256:
         raise IntegrityError(
             f"{expected.path}: sha256 {digest[:12]}... in {bundle}, {expected.sha256[:12]}... in its {MANIFEST}. "
-            "Restore the file."
+            f"{_way_back(expected.path)}"
         )
 
 
@@ -196,14 +251,6 @@ def _shipped_files(bundle: Path) -> list[str]:
         if path.is_file():
             paths.append(relative.as_posix())
     return sorted(paths)
-
-
-def _safe_path(path: str) -> str:
-    """`path`, if it stays inside the bundle. Raises: IntegrityError for an absolute path or one with `..`."""
-    pure = PurePosixPath(path)
-    if pure.is_absolute() or ".." in pure.parts or pure.as_posix() != path:
-        raise IntegrityError(f"{MANIFEST}: {path!r} is no path inside the bundle. Do not use this bundle.")
-    return path
 
 
 def _flush_to_disk(path: Path) -> None:

@@ -80,6 +80,13 @@ def every_laps_file(engine_path: Path) -> list[Path]:
     return [path for path in (*plain, *further) if path.is_file()]
 
 
+def is_laps_file(path: Path, engine_path: Path) -> bool:
+    """Whether a file, there or not, is one of those with laps of an engine."""
+    stem = engine_path.name.removesuffix(".engine")
+    plain = (laps_path(engine_path), engine_path.with_suffix(".latency.json"))
+    return path in plain or (path.parent == engine_path.parent and path.match(f"{stem}.batch*.latency.json.gz"))
+
+
 def write_laps(
     path: Path,
     *,

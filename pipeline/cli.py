@@ -408,13 +408,10 @@ def compare_criteria(
 def report(bundle: Bundle) -> None:
     """Write a bundle's Markdown and HTML report again, from its report.json and its laps."""
     _require_bundle(bundle)
-    from ..export.bundle import verify_bundle, write_manifest
-    from .report import render
+    from .device import render_again
 
-    manifest = verify_bundle(bundle)
-    for path in render(bundle):
+    for path in render_again(bundle):
         _console().print(str(path), soft_wrap=True, highlight=False, markup=False)
-    write_manifest(bundle, versions=manifest.versions, lineage=manifest.lineage)
 
 
 @app.command()

@@ -26,6 +26,7 @@ from ..chip.surgery import SurgeryRefused, apply_plan, prove
 from ..export.bundle import WORK, write_atomic, write_json_atomic
 from ..export.machine import read_machine
 from . import quantities
+from .alone import alone_in
 from .criteria_grid import Cell, CriteriaGrid
 from .criteria_latency import Structure, measure_structures
 from .criteria_page import PAGES, write_pages
@@ -46,7 +47,7 @@ from .provenance import source_digest, versions
 from .recipe import Recipe
 from .recipe_values import most_removed, score_device, width_multiple
 from .refusals import needs_labels
-from .run_folder import alone_in, require_folder
+from .run_folder import require_folder
 from .scoring import scored_by
 from .stages import recover_pruned
 from .tune import TrainingDiverged, evaluate, recalibrate, train

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import difflib
 import functools
-import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -14,11 +13,11 @@ from typing import Any
 import numpy as np
 from pydantic import ValidationError
 
-from ..export.bundle import WORK, Manifest, onnx_name, verify_bundle, write_manifest
+from ..export.bundle import WORK, Manifest, onnx_name, part_path, verify_bundle, write_manifest
 from ..export.candidates import Check, build_best
 from ..export.errors import BuildFailed, IntegrityError, MachineMismatch, MeasureFailed, TargetUnavailable
 from ..export.golden import Golden, engine_agreement, read_golden, run_in_batches
-from ..export.laps_file import every_laps_file
+from ..export.laps_file import every_laps_file, is_laps_file
 from ..export.machine import Machine, read_machine
 from ..export.measure import (
     PROTOCOLS,
@@ -43,6 +42,7 @@ from ..export.target import (
     LayerTypes,
     Session,
     Target,
+    TargetSpec,
     built_with,
     engine_path,
     parse_target,
@@ -54,8 +54,10 @@ from ..export.target import (
 )
 from ..export.targets import make_target
 from ..export.watch import Watch
+from .alone import alone_in
 from .display import Display
-from .report import EngineRow, Report, read_report, write_report
+from .report import EngineRow, Report, read_report, render, write_report
+from .undo import all_or_nothing, undo_interrupted
 
 # The targets that run a network whose rest is in FP16 beside its 8 bits.
 TENSORRT = ("trt", "trt-rtx")
@@ -83,29 +85,20 @@ def rebuild(
     Raises: IntegrityError when the bundle is not as its manifest says; ValueError for a precision that it does not
     hold; TargetUnavailable; BuildFailed; ParityFailed.
     """
-    manifest = verify_bundle(bundle)
-    report = read_report(bundle)
-    made = make_target(parse_target(target), threads=_threads(report), options=options or _build_options(report))
-    require_usable(made)
-    engines = []
-    for name in _precisions(bundle, report, made, precision, note):
-        path = engine_path(bundle, made.spec, name)
-        laps = every_laps_file(path)
-        changed = {path, sidecar_path(path), *laps, *(bundle / report_file for report_file in REPORT_FILES)}
-        with _work_folder(bundle) as store, _all_or_nothing(sorted(changed), store):
-            check = agreement_check(lambda: read_golden(bundle))
-            engine = build_best(made, bundle / onnx_name("model", name), path, precision=name, check=check)
-            for laps_file in laps:
-                laps_file.unlink()
-            reason = made.cannot_run(engine)
-            if reason is None and made.options.builds == 1:  # of several, each was checked
-                with contextlib.closing(made.open(path)) as session:
-                    check(session, engine)
-            unmeasured = reason or "built, and not measured since; run `chip-deploy measure`"
-            _replace_rows(bundle, [unmeasured_row(engine, unmeasured)])
-            write_manifest(bundle, versions=manifest.versions, lineage=manifest.lineage)
-        engines.append(engine)
-    return engines
+    spec = parse_target(target)
+    with _alone_in_whole(bundle):
+        held = [precision] if precision is not None else _held(bundle)
+        manifest = verify_bundle(bundle, but=_files_of(spec, held))  # these are made anew
+        report = read_report(bundle)
+        made = make_target(spec, threads=_threads(report), options=options or _build_options(report))
+        require_usable(made)
+        names = _precisions(bundle, report, made, precision, note)
+        if names != held:
+            verify_bundle(bundle, but=_files_of(spec, names))
+        return [
+            _rebuilt(bundle, made, name, manifest, to_come=_files_of(spec, names[number:]))
+            for number, name in enumerate(names, start=1)
+        ]
 
 
 def remeasure(
@@ -124,31 +117,38 @@ def remeasure(
     Raises: IntegrityError; ValueError when the bundle has no engine for that target, or the protocol or a batch cannot
     be; MachineMismatch when none of the engines asked for can run here.
     """
-    manifest = verify_bundle(bundle)
-    report = read_report(bundle)
-    wanted = [row for row in report.engines if target is None or row.target == str(parse_target(target))]
-    if not wanted:
-        have = ", ".join(sorted({row.target for row in report.engines})) or "none"
-        raise ValueError(
-            f"{bundle} has no engine for target '{target}' (it has: {have}). Build one with `chip-deploy build`."
-        )
-    protocols = {row.file: _protocols(row, report, protocol, batches) for row in wanted}
-    rows, reasons = [], []
-    for row in wanted:
-        engine = read_engine(bundle / row.file)
-        # The dense control is built when it is measured, and has to be built as the engine was.
-        made = make_target(parse_target(row.target), threads=_threads(report), options=built_with(engine))
-        reason = made.cannot_run(engine)
-        if reason:
-            reasons.append(f"{row.file}: {reason}")
-            continue
-        display.stage(f"measure {row.target}")
-        rows.append(_measure_again(bundle, manifest, made, bundle / row.file, protocols[row.file], display.progress))
-        for sentence in rows[-1].watch.advice if rows[-1].watch else []:
-            display.note(sentence)
-    if not rows:
-        raise MachineMismatch(f"nothing was measured: {'; '.join(reasons)}.")
-    return rows
+    with _alone_in_whole(bundle):
+        manifest = verify_bundle(bundle)
+        report = read_report(bundle)
+        wanted = _rows_for(bundle, report, target)
+        protocols = {row.file: _protocols(row, report, protocol, batches) for row in wanted}
+        runs, refused = _those_that_run(bundle, report, wanted)
+        if not runs:
+            raise MachineMismatch(f"nothing was measured: {'; '.join(': '.join(pair) for pair in refused.items())}.")
+        for row in wanted:
+            if row.file in refused:
+                old = "; the report keeps the numbers of an earlier measurement" if row.latency_ms else ""
+                display.note(f"not measured: {row.file}: {refused[row.file]}{old}.")
+        rows = []
+        for file, made in runs.items():
+            display.stage(f"measure {made.spec}")
+            rows.append(_measure_again(bundle, manifest, made, bundle / file, protocols[file], display.progress))
+            for sentence in rows[-1].watch.advice if rows[-1].watch else []:
+                display.note(sentence)
+        return rows
+
+
+def render_again(bundle: Path) -> list[Path]:
+    """The bundle's pages, made again from its report.json and its laps; they and the manifest change together.
+
+    Raises: IntegrityError; ModuleNotFoundError with the package to install when the pages cannot be made here.
+    """
+    with _alone_in_whole(bundle):
+        manifest = verify_bundle(bundle)
+        with all_or_nothing(bundle, [bundle / name for name in REPORT_FILES]):
+            pages = render(bundle)
+            write_manifest(bundle, versions=manifest.versions, lineage=manifest.lineage)
+        return pages
 
 
 def unmeasured_row(engine: Engine, reason: str) -> EngineRow:
@@ -238,6 +238,70 @@ def agreement_check(golden: Callable[[], Golden]) -> Check:
     return lambda session, engine: engine_agreement(engine, made := golden(), run_in_batches(session, made.images))
 
 
+def _rebuilt(
+    bundle: Path, target: Target, precision: str, manifest: Manifest, *, to_come: Callable[[str], bool]
+) -> Engine:
+    """The engine in one precision, in the place of the one before; the manifest keeps what it says of files `to_come`,
+    which may be damaged."""
+    path = engine_path(bundle, target.spec, precision)
+    laps = every_laps_file(path)
+    changed = [path, sidecar_path(path), *laps, *(bundle / name for name in REPORT_FILES)]
+    check = agreement_check(lambda: read_golden(bundle))
+    with all_or_nothing(bundle, changed):
+        engine = build_best(target, bundle / onnx_name("model", precision), path, precision=precision, check=check)
+        for laps_file in laps:
+            laps_file.unlink()
+        reason = target.cannot_run(engine)
+        if reason is None and target.options.builds == 1:  # of several, each was checked
+            with contextlib.closing(target.open(path)) as session:
+                check(session, engine)
+        unmeasured = reason or "built, and not measured since; run `chip-deploy measure`"
+        _replace_rows(bundle, [unmeasured_row(engine, unmeasured)])
+        write_manifest(bundle, versions=manifest.versions, lineage=manifest.lineage, before=manifest, but=to_come)
+    return engine
+
+
+def _files_of(spec: TargetSpec, precisions: Sequence[str]) -> Callable[[str], bool]:
+    """Whether a path in a bundle belongs to an engine for `spec` in one of `precisions`: the engine, its sidecar and
+    its laps, and what is left of writing them."""
+    engines = [engine_path(Path(), spec, precision) for precision in precisions]
+    whole = {path.as_posix() for engine in engines for path in (engine, sidecar_path(engine))}
+    parts = {part_path(Path(path)).as_posix() for path in whole}
+
+    def chosen(path: str) -> bool:
+        return path in whole | parts or any(is_laps_file(Path(path), engine) for engine in engines)
+
+    return chosen
+
+
+def _rows_for(bundle: Path, report: Report, target: str | None) -> list[EngineRow]:
+    """The engines of that target, or all there are. Raises: ValueError when there is none."""
+    wanted = [row for row in report.engines if target is None or row.target == str(parse_target(target))]
+    if not wanted:
+        have = ", ".join(sorted({row.target for row in report.engines})) or "none"
+        raise ValueError(
+            f"{bundle} has no engine for target '{target}' (it has: {have}). Build one with `chip-deploy build`."
+        )
+    return wanted
+
+
+def _those_that_run(
+    bundle: Path, report: Report, wanted: Sequence[EngineRow]
+) -> tuple[dict[str, Target], dict[str, str]]:
+    """By engine file: the target of each that can run here, and why each of the others cannot."""
+    runs, refused = {}, {}
+    for row in wanted:
+        engine = read_engine(bundle / row.file)
+        # The dense control is built when it is measured, and has to be built as the engine was.
+        made = make_target(parse_target(row.target), threads=_threads(report), options=built_with(engine))
+        reason = made.cannot_run(engine)
+        if reason is None:
+            runs[row.file] = made
+        else:
+            refused[row.file] = reason
+    return runs, refused
+
+
 def _measure_again(
     bundle: Path, manifest: Manifest, target: Target, engine: Path, protocols: list[LatencyProtocol], progress: Progress
 ) -> EngineRow:
@@ -268,7 +332,7 @@ def _place(bundle: Path, manifest: Manifest, engine: Path, made: Path, row: Engi
     laps = sorted(made.iterdir())
     old = every_laps_file(engine)
     changed = {*old, *(engine.parent / path.name for path in laps), *(bundle / name for name in REPORT_FILES)}
-    with _all_or_nothing(sorted(changed), made):
+    with all_or_nothing(bundle, sorted(changed)):
         for path in old:
             path.unlink()
         for path in laps:
@@ -284,37 +348,25 @@ def _part_of(progress: Progress, done: int, parts: int) -> Progress:
 
 
 @contextlib.contextmanager
-def _all_or_nothing(paths: Sequence[Path], store: Path) -> Iterator[None]:
-    """When the block fails, `paths` are the files that they were: kept in `store`, as links, which fill no disk."""
-    before = {path: store / f"before-{number}" for number, path in enumerate(paths) if path.is_file()}
-    for path, kept in before.items():
-        try:
-            os.link(path, kept)
-        except OSError:  # a file system without hard links
-            shutil.copyfile(path, kept)
-    try:
-        yield
-    except BaseException:
-        for path in paths:
-            if path in before:
-                before[path].replace(path)
-            else:
-                path.unlink(missing_ok=True)
-        raise
-
-
-@contextlib.contextmanager
 def _work_folder(bundle: Path) -> Iterator[Path]:
     """An empty folder that is no part of what ships; it goes when the block ends."""
-    work = bundle / WORK
-    had = work.is_dir()
-    folder = work / "measure"
+    folder = bundle / WORK / "measure"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     try:
         yield folder
     finally:
-        shutil.rmtree(folder if had else work, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
+        with contextlib.suppress(OSError):  # a run's stages are in it
+            folder.parent.rmdir()
+
+
+@contextlib.contextmanager
+def _alone_in_whole(bundle: Path) -> Iterator[None]:
+    """No other command changes the bundle meanwhile, and what one was killed in is undone."""
+    with alone_in(bundle):
+        undo_interrupted(bundle)
+        yield
 
 
 def _compared(
@@ -470,7 +522,7 @@ def _precisions(
 
     Raises: ValueError for one that the bundle does not hold; TargetUnavailable when the target takes none of them.
     """
-    held = [name for name in PRECISIONS if (bundle / onnx_name("model", name)).is_file()]
+    held = _held(bundle)
     if not held:
         raise FileNotFoundError(f"{bundle}: it holds no model.onnx to build from. Prune again, or restore the file.")
     if asked is not None:
@@ -493,6 +545,11 @@ def _precisions(
     return [name for name in held if name not in reasons]
 
 
+def _held(bundle: Path) -> list[str]:
+    """The precisions in which the bundle holds the pruned network."""
+    return [name for name in PRECISIONS if (bundle / onnx_name("model", name)).is_file()]
+
+
 def _refuses_rest(report: Report, target: Target, precision: str) -> str:
     """Why the target cannot run the bundle's file in 8 bits rightly, with the way out; empty where it can."""
     in_fp16 = any(row.precision == precision and row.conversion.rest == "fp16" for row in report.precisions)
@@ -510,14 +567,15 @@ def build_options(bundle: Path, target: str, asked: Mapping[str, Any]) -> BuildO
     Raises: IntegrityError when the bundle is not as its manifest says; ValueError naming an option that there is not,
     one whose value cannot be, or one that has no effect on the target.
     """
-    verify_bundle(bundle)
+    with _alone_in_whole(bundle):
+        verify_bundle(bundle, but=_files_of(parse_target(target), PRECISIONS))  # `rebuild` looks at those it leaves
+        planned = _build_options(read_report(bundle))
     known = list(BuildOptions.model_fields)
     unknown = next((key for key in asked if key not in known), None)
     if unknown is not None:
         near = difflib.get_close_matches(unknown, known, n=1, cutoff=0.4)
         mean = f" Did you mean 'build.{near[0]}'?" if near else ""
         raise ValueError(f"unknown key 'build.{unknown}'.{mean} Available: {', '.join(known)}.")
-    planned = _build_options(read_report(bundle))
     try:
         options, wanted = (BuildOptions.model_validate(each) for each in ({**planned.model_dump(), **asked}, asked))
     except ValidationError as err:

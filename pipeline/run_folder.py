@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 from ..export.bundle import WORK, onnx_name, sha256_file, verify_bundle, writing_atomically
@@ -33,11 +32,6 @@ BUNDLE_FILES = (
         for precision in PROGRAM_PRECISIONS
     ),
 )
-
-try:
-    import fcntl
-except ImportError:  # Windows has no advisory locks of this kind; two runs in one folder are not kept apart there
-    fcntl = None
 
 
 def require_folder(out: Path) -> None:
@@ -90,27 +84,6 @@ def origin_of(ready: Prepared) -> dict[str, str]:
         **({"scores_file_sha256": sha256_file(Path(ready.recipe.score.file))} if ready.recipe.score.file else {}),
         **({"weights_file_sha256": sha256_file(Path(weights))} if weights else {}),
     }
-
-
-@contextlib.contextmanager
-def alone_in(out: Path) -> Iterator[None]:
-    """Hold the folder against a second run; the lock goes with the process, however it ends.
-
-    Raises: ValueError when another run holds it.
-    """
-    if fcntl is None:
-        yield
-        return
-    folder = os.open(out, os.O_RDONLY)
-    try:
-        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as err:
-        os.close(folder)
-        raise ValueError(f"another run is working in {out}. Wait for it, or give another --out.") from err
-    try:
-        yield
-    finally:
-        os.close(folder)
 
 
 def make_folder(path: Path) -> None:

@@ -21,6 +21,7 @@ from ..chip.shards import Shards, joined, processes
 from ..chip.surgery import SurgeryRefused, apply_plan, prove
 from ..export.bundle import WORK, sha256_file, write_atomic, write_manifest
 from . import report as reports
+from .alone import alone_in
 from .cut_preview import CutPreview, cut_preview
 from .data import Progress, normalise
 from .dense import cached_dense, dense_stage
@@ -43,7 +44,6 @@ from .recipe import Recipe, recipe_toml
 from .recover import RecoverRecord, RecoverSettings, recover
 from .run_folder import (
     RECIPE_FILE,
-    alone_in,
     clear_folder,
     is_finished,
     make_folder,

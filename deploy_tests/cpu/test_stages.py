@@ -168,7 +168,7 @@ def test_a_run_killed_before_it_wrote_its_recipe_can_be_resumed(tmp_path):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no advisory folder locks")
 def test_two_runs_cannot_share_a_folder(tmp_path):
-    from chip_deploy.pipeline.run_folder import alone_in
+    from chip_deploy.pipeline.alone import alone_in
 
     with alone_in(tmp_path), pytest.raises(ValueError, match="another run is working"), alone_in(tmp_path):
         pass

@@ -50,6 +50,7 @@ BLOCK = without(ABSENT)
 DEVICE_SIDE = [
     *(f"export.{path.stem}" for path in sorted((ROOT / "export").glob("[a-z]*.py")) if path.stem != "onnx_export"),
     *(
+        "pipeline.alone",
         "pipeline.cli",
         "pipeline.compare",
         "pipeline.compare_page",
@@ -63,6 +64,7 @@ DEVICE_SIDE = [
         "pipeline.recipe",
         "pipeline.report",
         "pipeline.tables",
+        "pipeline.undo",
     ),
 ]
 
