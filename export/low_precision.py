@@ -58,6 +58,12 @@ FRAGILE = {
 SUMMING = ("AveragePool", "GlobalAveragePool", "ReduceL1", "ReduceMean", "ReduceSum")
 # Operators that read a constant as a bound: infinity instead of a huge number bounds the same.
 BOUNDED = ("Clip", "Max", "Min", "Pad", "Where")
+# Operators that keep what they read from zero by a tiny constant, one number for all.
+LIFTING = ("Add", "Clip", "Max", "Where")
+# Operators that pass on what they read, or its root: what was kept from zero is still near it behind them.
+CARRYING = ("Expand", "Flatten", "Identity", "Reshape", "Sqrt", "Squeeze", "Tile", "Transpose", "Unsqueeze")
+# FP16 rounds what is smaller to zero.
+FLUSHED = 2.0**-25
 # What TensorRT (RTX 1.7.1) does not build though ONNX has it.
 UNREAD = {"bf16": ("ConvTranspose", "HardSwish", "Mish")}
 # Operators whose third input is added to what they multiply.
@@ -137,7 +143,35 @@ def overflowing(
             reasons = (_unfit(weights[name]) for name in _factors(node) if name in weights)
             if reason := next(filter(None, reasons), None):
                 found[node.name] = reason
+    return _held_from_zero(model.graph.node, weights) | found
+
+
+def _held_from_zero(nodes: Iterable[onnx.NodeProto], weights: Mapping[str, onnx.TensorProto]) -> dict[str, str]:
+    """The nodes that keep their numbers from zero by a bound that FP16 holds as zero, and those that rely on it.
+
+    Images that were seen need not tell: an image of one colour may be the first whose norm is zero.
+    """
+    found: dict[str, str] = {}
+    kept_from_zero: dict[str, float] = {}
+    for node in nodes:
+        bounds = [kept_from_zero[name] for name in node.input if name in kept_from_zero]
+        if node.op_type in LIFTING:
+            constants = [weights[name] for name in node.input if name in weights]
+            bounds += [bound for each in constants if math.prod(each.dims) == 1 for bound in _flushed(each)]
+        if not bounds:
+            continue
+        found[node.name] = f"values are kept from 0 by {min(bounds):.1e}, which FP16 holds as 0"
+        if node.op_type in (*LIFTING, *CARRYING):
+            kept_from_zero |= dict.fromkeys(node.output, min(bounds))
     return found
+
+
+def _flushed(tensor: onnx.TensorProto) -> list[float]:
+    """The smallest of the numbers above zero that FP16 holds as zero; nothing where there is none."""
+    import onnx
+
+    values = onnx.numpy_helper.to_array(tensor).astype(np.float64).ravel()
+    return sorted(values[(values > 0) & (values < FLUSHED)].tolist())[:1]
 
 
 def holds_16_bits(model: onnx.ModelProto) -> bool:

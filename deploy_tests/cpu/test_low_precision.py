@@ -252,6 +252,28 @@ def test_a_tensor_that_vanishes_in_fp16_keeps_who_makes_and_who_reads_it_in_fp32
     assert not run(emulated(careless), x).any()
 
 
+@pytest.mark.parametrize("way", ["Clip", "Max", "Add"])
+def test_what_a_tiny_constant_keeps_from_zero_is_divided_by_in_fp32(way) -> None:
+    nodes = [
+        helper.make_node("ReduceL2", ["x", "axes"], ["norm"], name="norm", keepdims=1),
+        helper.make_node(way, ["norm", "tiny"], ["held"], name="hold"),
+        helper.make_node("Expand", ["held", "shape"], ["wide"], name="expand"),
+        helper.make_node("Div", ["x", "wide"], ["h"], name="div"),
+        helper.make_node("Relu", ["h"], ["y"], name="relu"),
+    ]
+    constants = [("axes", np.array([1])), ("tiny", np.float32(1e-12)), ("shape", np.array([2, 4]))]
+    model = prepared(network(nodes, constants, shape=(2, 4)))
+    found = overflowing(model, {"x": 1.0, "norm": 2.0, "held": 2.0, "wide": 2.0, "h": 1.0, "y": 1.0}, images=9)
+    reason = "values are kept from 0 by 1.0e-12, which FP16 holds as 0"
+    assert list(found) == ["hold", "expand", "div"]
+    assert found["expand"] == found["div"] == reason
+    x = np.float32([[0, 0, 0, 0], [3, 0, 4, 0]])
+    kept, _ = lowered(model, "fp16", keep=found)
+    np.testing.assert_allclose(run(emulated(kept), x), [[0, 0, 0, 0], [0.6, 0, 0.8, 0]], rtol=1e-3)
+    careless, _ = lowered(model, "fp16")
+    assert np.isnan(run(emulated(careless), x)).any()
+
+
 def test_a_tensor_of_zeros_is_one_that_fp16_holds() -> None:
     assert overflowing(prepared(dense_net(draw(1, 4))), {"x": 1.0, "h": 0.0, "y": 0.0}, images=1) == {}
 
