@@ -67,13 +67,16 @@ def main() -> None:
         figures = [each for method in args.methods for each in quantised(source, evidence, method, args)]
     fp32 = evidence.top1(exact)
     print_figures(figures, fp32=fp32, images=len(test), model=args.model)
-    facts = {"model": args.model, "fp32": fp32, "eval_images": len(test), "calibration_images": args.images}
+    facts = {"model": args.model, "fp32": fp32, "eval_images": len(test), "calibration_images": args.images,
+             "percentile": args.percentile}  # fmt: skip
     write_record(args.json, figures={**facts, "rows": [asdict(figure) for figure in figures]})
 
 
 def quantised(source: Path, evidence: Evidence, method: str, args: argparse.Namespace) -> Iterator[Int8Figure]:
     """A figure without a bound and one for each bound, with ranges by one rule."""
-    settings = QuantizeSettings.model_validate({"images": args.images, "calibration": method})
+    settings = QuantizeSettings.model_validate(
+        {"images": args.images, "calibration": method, "percentile": args.percentile}
+    )
     begun = time.perf_counter()
     converter = Converter(source, evidence.images, precision="int8", settings=settings)
     ranking = [layer for layer, _ in converter.ranking(evidence.images[: args.sensitivity_images])]
@@ -131,6 +134,7 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
     parser.add_argument("--model", default="resnet56", help="as chip-deploy's --model [resnet56]")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, metavar="NAME", help="all of them")
+    parser.add_argument("--percentile", type=float, default=99.99, help="for the rule of that name [99.99]")
     parser.add_argument("--max-drop", nargs="+", type=float, default=[0.5], help="bounds in points of top-1 [0.5]")
     parser.add_argument("--images", type=count, default=512, help="training images for the ranges [512]")
     parser.add_argument("--sensitivity-images", type=count, default=16, help="of them, for the ranking [16]")
