@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -203,7 +204,7 @@ def _no_gpu() -> str | None:
 
 def _nvidia() -> Nvidia:
     driver = told(nvidia.driver_cuda)
-    libraries = {name: told(lambda name=name: nvidia.library_version(name)) for name in nvidia.DISTRIBUTIONS}
+    libraries = {name: told(partial(nvidia.library_version, name)) for name in nvidia.DISTRIBUTIONS}
     return Nvidia(
         driver_cuda=f"{driver[0]}.{driver[1]}" if driver else None,
         jetpack=told(nvidia.jetpack),
