@@ -55,7 +55,8 @@ class BuildOptions(BaseModel):
 
     shapes: one optimization profile an entry, in trtexec's syntax: `input:1x3x224x224`, or smallest, expected and
     largest shape as `input:1x3x32x32/8x3x32x32/32x3x32x32`; several inputs are parted by commas. `builds`: how often a
-    target that times its kernels builds, to keep the best that agrees. Unit: `workspace_mib` is MiB.
+    target that times its kernels builds, to keep the best that agrees. `optimization_level`: of standard TensorRT;
+    TensorRT-RTX 1.7.1 builds the same bytes at every level. Unit: `workspace_mib` is MiB.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
