@@ -110,7 +110,7 @@ def prepared(model: onnx.ModelProto) -> onnx.ModelProto:
     taken = {node.name for node in model.graph.node}
     for number, node in enumerate(model.graph.node):
         if not node.name:
-            node.name = _fresh(f"{node.op_type}_{number}", taken)
+            node.name = fresh(f"{node.op_type}_{number}", taken)
     constants = [node for node in model.graph.node if node.op_type == "Constant" and node.attribute[0].name == "value"]
     for node in constants:
         tensor = onnx.TensorProto()
@@ -203,8 +203,8 @@ def emulated(model: onnx.ModelProto) -> onnx.ModelProto:
         for place, name in enumerate(node.output):
             if types.get(name) not in SIXTEEN_BITS:
                 continue
-            low = _fresh(f"{name}_{SIXTEEN_BITS[types[name]]}", taken)
-            node.output[place] = low if node.op_type == "Cast" else _fresh(f"{name}_exact", taken)
+            low = fresh(f"{name}_{SIXTEEN_BITS[types[name]]}", taken)
+            node.output[place] = low if node.op_type == "Cast" else fresh(f"{name}_exact", taken)
             if node.op_type != "Cast":
                 nodes.append(helper.make_node("Cast", [node.output[place]], [low], to=types[name]))
             nodes.append(helper.make_node("Cast", [low], [name], to=FLOAT))
@@ -322,7 +322,7 @@ class _Rewiring:
         """The graph with its weights, nodes and notes of types as they are to be."""
         element = ELEMENT_TYPES[self._kind]
         outputs = [value.name for value in self._graph.output if value.name in self._low_tensors]
-        self._renamed = {name: _fresh(f"{name}_{self._kind}", self._taken) for name in outputs}
+        self._renamed = {name: fresh(f"{name}_{self._kind}", self._taken) for name in outputs}
         scales = {node.input[1] for node in self._graph.node if node.op_type in QUANTIZATION}
         for tensor in self._graph.initializer:
             if tensor.name in self._low_tensors:
@@ -353,7 +353,7 @@ class _Rewiring:
             return now
         if name not in self._casts:
             to = ELEMENT_TYPES[self._kind] if wants_low else FLOAT
-            self._casts[name] = _fresh(f"{name}_{self._kind if wants_low else 'fp32'}", self._taken)
+            self._casts[name] = fresh(f"{name}_{self._kind if wants_low else 'fp32'}", self._taken)
             self._nodes.append(self._cast(now, self._casts[name], to, self._layer(reader)))
         return self._casts[name]
 
@@ -382,7 +382,7 @@ class _Rewiring:
     def _cast(self, origin: str, result: str, to: int, layer: str) -> onnx.NodeProto:
         from onnx import helper
 
-        node = helper.make_node("Cast", [origin], [result], name=_fresh(f"cast_{result}", self._taken), to=to)
+        node = helper.make_node("Cast", [origin], [result], name=fresh(f"cast_{result}", self._taken), to=to)
         mark_layer(node, layer)
         return node
 
@@ -544,7 +544,7 @@ def _shapes(graph: onnx.GraphProto) -> dict[str, tuple[int, ...]]:
     return found
 
 
-def _fresh(name: str, taken: set[str]) -> str:
+def fresh(name: str, taken: set[str]) -> str:
     """`name`, with a number behind it where it is taken."""
     free = name
     number = 2

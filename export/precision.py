@@ -181,7 +181,7 @@ class Converter:
             calibration=self._rule() if self.layers else "",
             layers=len(self.layers),
             left_out=[
-                LeftOut(layer=each.layer, operator=each.operator, reason=without[each.node])
+                LeftOut(layer=each.name, operator=each.operator, reason=without[each.node])
                 for each in self.layers
                 if each.node in without
             ],

@@ -11,12 +11,15 @@ import contextlib
 import copy
 import fnmatch
 import io
+import re
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from .low_precision import FLOAT, checked, element_types, in_order, mark_layer, raised
+from .errors import ConversionFailed
+from .low_precision import FLOAT, QUANTIZATION, checked, element_types, fresh, in_order, mark_layer, raised
 
 if TYPE_CHECKING:
     import onnx
@@ -28,38 +31,55 @@ LARGEST_INT8, LARGEST_FP8 = 127.0, 448.0
 
 MULTIPLYING = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 ADDING = "Add"
-QUANTIZING, DEQUANTIZING = "QuantizeLinear", "DequantizeLinear"
+QUANTIZING, DEQUANTIZING = QUANTIZATION
 
 
 class QuantLayer(NamedTuple):
-    """A node that can be quantised, and the torch layer that it computes."""
+    """A node that can be quantised, and the torch layer that it computes.
+
+    nth: which of several nodes with this layer and operator it is, from 1 on; 0 where it is the only one. All sums that
+    one `forward` writes down have one layer, and so has a module that is called twice.
+    """
 
     node: str
     layer: str
     operator: str
+    nth: int = 0
+
+    @property
+    def name(self) -> str:
+        """The layer, with its number where it is one of several."""
+        return f"{self.layer}#{self.nth}" if self.nth else self.layer
 
     @property
     def key(self) -> tuple[str, str]:
         """What names the same layer in another export of the same network."""
-        return self.layer, self.operator
+        return self.name, self.operator
 
 
 def quantizable(model: onnx.ModelProto, layers: Mapping[str, str]) -> list[QuantLayer]:
     """The layers that can be quantised, in the order of the graph: those with a weight, and additions of float tensors.
 
     `layers` names the torch layer of each node.
+    Raises: ConversionFailed for a network that has 8-bit steps already.
     """
-    weights = {tensor.name for tensor in model.graph.initializer if tensor.data_type == FLOAT}
+    own = next((node for node in model.graph.node if node.op_type in QUANTIZATION), None)
+    if own is not None:
+        raise ConversionFailed(
+            f"node '{own.name}' ({own.op_type}) quantises already, and 8 bits are chosen for a network in FP32. Use "
+            "--precision fp32, or give the network as it was before it was quantised."
+        )
+    weights = {tensor.name: tensor for tensor in model.graph.initializer if tensor.data_type == FLOAT}
     constants = {tensor.name for tensor in model.graph.initializer}
     types = element_types(model.graph)
     found = []
     for node in model.graph.node:
         floats = all(types.get(name) == FLOAT for name in node.input)
-        multiplies = node.op_type in MULTIPLYING and node.input[1] in weights and not _grouped_transpose(node)
+        multiplies = node.op_type in MULTIPLYING and node.input[1] in weights and _has_channels(node, weights)
         adds = node.op_type == ADDING and floats and not constants & {*node.input} and node.input[0] != node.input[1]
         if multiplies or adds:
             found.append(QuantLayer(node.name, layers.get(node.name, node.name), node.op_type))
-    return found
+    return _numbered(found)
 
 
 def tensors_read(model: onnx.ModelProto, layers: Sequence[QuantLayer]) -> set[str]:
@@ -72,14 +92,15 @@ def tensors_read(model: onnx.ModelProto, layers: Sequence[QuantLayer]) -> set[st
 def excluded(layers: Sequence[QuantLayer], patterns: Sequence[str], *, first_last: bool) -> dict[str, str]:
     """Nodes that are not to be quantised, by name, with the reason: those of `patterns`, and the two ends.
 
-    A pattern is a layer's name, or one with `*`. `first_last`: also the first and the last layer with a weight.
+    A pattern is a layer's name, or one with `*`; `add` is every sum of that name, `add#2` the second.
+    `first_last`: also the first and the last layer with a weight.
     Raises: ValueError for a pattern that no layer has.
     """
     found = {}
     for pattern in patterns:
-        meant = [each for each in layers if fnmatch.fnmatchcase(each.layer, pattern)]
+        meant = [each for each in layers if any(fnmatch.fnmatchcase(name, pattern) for name in (each.layer, each.name))]
         if not meant:
-            names = ", ".join(dict.fromkeys(each.layer for each in layers))
+            names = ", ".join(dict.fromkeys(each.name for each in layers))
             raise ValueError(
                 f"quantize.exclude: no layer that can be quantised is named '{pattern}'. There are: {names}."
             )
@@ -118,13 +139,17 @@ def _with_pairs(model: onnx.ModelProto, reaches: Mapping[str, float], nodes: Col
     from onnxruntime.quantization import CalibrationMethod, QDQQuantizer, QuantType
     from onnxruntime.quantization.calibrate import TensorData, TensorsData
 
+    names = _Names(model)
+    numbered = names.numbered(model)
+    _part_weights(numbered.graph, nodes)
     ranges: dict[str, TensorData | tuple[Any, ...]] = {
-        name: TensorData(lowest=np.float32(-reach), highest=np.float32(reach)) for name, reach in reaches.items()
+        names.number[name]: TensorData(lowest=np.float32(-reach), highest=np.float32(reach))
+        for name, reach in reaches.items()
     }
     operators = [*MULTIPLYING, ADDING]
     with contextlib.redirect_stdout(io.StringIO()):
         quantizer = QDQQuantizer(
-            copy.deepcopy(model),
+            numbered,
             per_channel=True,
             reduce_range=False,
             weight_qType=QuantType.QInt8,
@@ -148,14 +173,81 @@ def _with_pairs(model: onnx.ModelProto, reaches: Mapping[str, float], nodes: Col
     found.producer_name, found.producer_version = model.producer_name, model.producer_version
     del found.metadata_props[:]
     found.metadata_props.extend(model.metadata_props)
+    names.restore(found.graph)
     return found
+
+
+class _Names:
+    """Numbers for the tensors of a network while onnxruntime's quantizer has it, and its names afterwards.
+
+    The quantizer calls what it makes of a tensor `x` `x_scale`, `x_zero_point` and so on, and takes a tensor of the
+    network that happens to be called so for its own.
+    """
+
+    def __init__(self, model: onnx.ModelProto) -> None:
+        graph = model.graph
+        held = [value.name for value in (*graph.input, *graph.initializer, *graph.output, *graph.value_info)]
+        written = [name for node in graph.node for name in (*node.input, *node.output) if name]
+        self._named = list(dict.fromkeys([*held, *written]))
+        self._nodes = {node.name for node in graph.node}
+        self.number = {name: f"t{number}" for number, name in enumerate(self._named)}
+
+    def numbered(self, model: onnx.ModelProto) -> onnx.ModelProto:
+        """A copy of the network whose tensors go by their numbers."""
+        model = copy.deepcopy(model)
+        _rename(model.graph, self.number)
+        return model
+
+    def restore(self, graph: onnx.GraphProto) -> None:
+        """Give each tensor its name, and each that was made of it one that is free."""
+        taken = set(self._named)
+        names = {number: name for name, number in self.number.items()}
+        for node in graph.node:
+            if node.op_type in QUANTIZATION and node.name not in self._nodes:
+                node.name = fresh(self._behind(node.name), self._nodes)
+            for tensor in (*node.input, *node.output):
+                if tensor and tensor not in names:
+                    names[tensor] = fresh(self._behind(tensor), taken)
+        _rename(graph, names)
+
+    def _behind(self, numbered: str) -> str:
+        """The name of a tensor by its number, with what the quantizer has put behind that."""
+        number = re.match(r"t\d+", numbered)
+        assert number is not None, "the quantizer names what it makes after a tensor"
+        return self._named[int(number.group()[1:])] + numbered[number.end() :]
+
+
+def _rename(graph: onnx.GraphProto, names: Mapping[str, str]) -> None:
+    """Call every tensor of the graph by its new name; one that has none keeps the old one."""
+    for value in (*graph.input, *graph.output, *graph.value_info, *graph.initializer):
+        value.name = names.get(value.name, value.name)
+    for node in graph.node:
+        for tensors in (node.input, node.output):
+            for place, name in enumerate(tensors):
+                tensors[place] = names.get(name, name)
+
+
+def _part_weights(graph: onnx.GraphProto, nodes: Collection[str]) -> None:
+    """Give nodes that read one weight with their channels on other axes a weight each: a pair has one axis."""
+    weights = {tensor.name: tensor for tensor in graph.initializer}
+    own: dict[tuple[str, int], str] = {}
+    for node in graph.node:
+        if node.name not in nodes or node.op_type not in MULTIPLYING:
+            continue
+        weight, axis = node.input[1], _channel_axis(node)
+        if (weight, 1 - axis) in own and (weight, axis) not in own:
+            copied = graph.initializer.add()
+            copied.CopyFrom(weights[weight])
+            copied.name = f"{weight}_axis{axis}"
+            own[weight, axis] = copied.name
+        node.input[1] = own.setdefault((weight, axis), weight)
 
 
 def _spare_others(graph: onnx.GraphProto, nodes: Collection[str]) -> None:
     """Every other node reads what it read before: the quantizer puts a lone reader's pair before all readers."""
-    pairs = {node.output[0]: node for node in graph.node if node.op_type in (QUANTIZING, DEQUANTIZING)}
+    pairs = {node.output[0]: node for node in graph.node if node.op_type in QUANTIZATION}
     for node in graph.node:
-        if node.name in nodes or node.op_type in (QUANTIZING, DEQUANTIZING):
+        if node.name in nodes or node.op_type in QUANTIZATION:
             continue
         for place, name in enumerate(node.input):
             if name in pairs:
@@ -168,7 +260,7 @@ def _into_fp8(model: onnx.ModelProto) -> None:
     from onnx import helper
 
     tensors = {tensor.name: tensor for tensor in model.graph.initializer}
-    pairs = [node for node in model.graph.node if node.op_type in (QUANTIZING, DEQUANTIZING)]
+    pairs = [node for node in model.graph.node if node.op_type in QUANTIZATION]
     for name in dict.fromkeys(node.input[1] for node in pairs):
         scale = onnx.numpy_helper.to_array(tensors[name]) * np.float32(LARGEST_INT8 / LARGEST_FP8)
         tensors[name].CopyFrom(onnx.numpy_helper.from_array(scale, name))
@@ -186,14 +278,39 @@ def _mark_pairs(graph: onnx.GraphProto, layers: Mapping[str, str]) -> None:
     """Each pair belongs to the layer that reads it."""
     reader = {name: node for node in graph.node for name in node.input}
     for node in graph.node:
-        if node.op_type in (QUANTIZING, DEQUANTIZING) and not node.metadata_props:
+        if node.op_type in QUANTIZATION and not node.metadata_props:
             end = reader[node.output[0]]
             if node.op_type == QUANTIZING:
                 end = reader[end.output[0]]
             mark_layer(node, layers.get(end.name, ""))
 
 
-def _grouped_transpose(node: onnx.NodeProto) -> bool:
-    """A transposed convolution in groups: its weight has no axis that holds all of its output channels."""
-    groups = next((each.i for each in node.attribute if each.name == "group"), 1)
-    return node.op_type == "ConvTranspose" and groups > 1
+def _numbered(layers: Sequence[QuantLayer]) -> list[QuantLayer]:
+    """The layers with their numbers, where several have one name and operator."""
+    total = Counter(each.key for each in layers)
+    seen: Counter[tuple[str, str]] = Counter()
+    found = []
+    for each in layers:
+        seen[each.key] += 1
+        found.append(each._replace(nth=seen[each.key]) if total[each.key] > 1 else each)
+    return found
+
+
+def _has_channels(node: onnx.NodeProto, weights: Mapping[str, onnx.TensorProto]) -> bool:
+    """Whether one axis of the node's weight holds all of its output channels.
+
+    That of a transposed convolution in groups has none, nor has a stack of matrices, one for each entry of a batch.
+    """
+    if node.op_type == "ConvTranspose":
+        return _integer(node, "group", default=1) == 1
+    return node.op_type != "MatMul" or len(weights[node.input[1]].dims) == 2
+
+
+def _channel_axis(node: onnx.NodeProto) -> int:
+    """The axis of a multiplying node's weight that holds its output channels."""
+    transposed = node.op_type == "Gemm" and _integer(node, "transB", default=0)
+    return 0 if node.op_type == "Conv" or transposed else 1
+
+
+def _integer(node: onnx.NodeProto, name: str, *, default: int) -> int:
+    return next((each.i for each in node.attribute if each.name == name), default)

@@ -40,8 +40,8 @@ def ranked(
     found = []
     for number, layer in enumerate(layers):
         if progress is not None:
-            progress(number / len(layers), f"sensitivity of {layer.layer}")
-        found.append((layer, Sensitivity(layer=layer.layer, operator=layer.operator, snr_db=snr_of(layer))))
+            progress(number / len(layers), f"sensitivity of {layer.name}")
+        found.append((layer, Sensitivity(layer=layer.name, operator=layer.operator, snr_db=snr_of(layer))))
     return sorted(found, key=lambda each: (each[1].snr_db is None, each[1].snr_db))
 
 

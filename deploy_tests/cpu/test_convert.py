@@ -100,6 +100,44 @@ def test_the_dense_network_leaves_out_the_same_layers(sources, tmp_path) -> None
     assert weights_quantised(tmp_path / "dense.int8.onnx") == weights_quantised(tmp_path / "model.int8.onnx")
 
 
+class Sums(nn.Module):
+    """Three sums that one `forward` writes down, and no other layer that can be quantised but the last."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.widen = nn.Parameter(torch.randn(1, width, 1, 1))
+        self.head = nn.Linear(width, CLASSES)
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        maps = image.mean(1, keepdim=True) * self.widen
+        for _ in range(3):
+            maps = maps + maps.tanh().relu()
+        return self.head(maps.mean((2, 3)))
+
+
+def test_the_dense_network_leaves_out_the_same_one_of_several_sums_of_one_name(tmp_path) -> None:
+    for name, width in (("model", 4), ("dense", 8)):
+        torch.manual_seed(width)
+        export_onnx(Sums(width), torch.zeros(1, 3, 8, 8), tmp_path / f"{name}.onnx")
+    (tmp_path / "out").mkdir()
+
+    def judge(_network: Reference) -> np.ndarray:
+        return wrong_on(sum(sums_quantised(tmp_path / "out" / "model.int8.onnx")))
+
+    convert(tmp_path, tmp_path / "out", evidence(judge), most=5.0)  # two images of 40: one sum has to go
+    found = [sums_quantised(tmp_path / "out" / f"{name}.int8.onnx") for name in ("model", "dense")]
+    assert sorted(found[0]) == [False, True, True]
+    assert found[0] == found[1]
+
+
+def sums_quantised(path: Path) -> list[bool]:
+    """Of each addition in the order of the file, whether it reads 8 bits."""
+    graph = onnx.load(path).graph
+    dequantised = {node.output[0] for node in graph.node if node.op_type == "DequantizeLinear"}
+    sums = [node for node in graph.node if node.op_type == "Add"]
+    return [{*node.input} <= dequantised for node in sums]
+
+
 def test_a_bound_that_cannot_be_kept_is_a_failure_with_the_ways_out(sources, tmp_path) -> None:
     with pytest.raises(
         ConversionFailed, match=r"int8 loses 25.00 points .* at most 2 may be lost.*Raise --max-drop, or"

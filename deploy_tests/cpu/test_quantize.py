@@ -9,6 +9,7 @@ import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
+from chip_deploy.export.errors import ConversionFailed
 from chip_deploy.export.low_precision import element_types, opset_of, prepared
 from chip_deploy.export.quantize import (
     QuantLayer,
@@ -111,6 +112,81 @@ def test_a_sum_of_whole_numbers_is_no_layer() -> None:
     graph = helper.make_graph(nodes, "sums", ends[:1], ends[1:])
     model = prepared(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10))
     assert [layer.node for layer in quantizable(model, {})] == ["floats"]
+
+
+def one_layer(nodes, weights, *, x, y) -> onnx.ModelProto:
+    """A network from `x` to `y` of these shapes."""
+    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in (("x", x), ("y", y))]
+    held = [numpy_helper.from_array(values, name) for name, values in weights.items()]
+    graph = helper.make_graph(nodes, "net", ends[:1], ends[1:], held)
+    return prepared(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10))
+
+
+def test_a_stack_of_matrices_has_no_axis_of_channels_and_is_no_layer() -> None:
+    product = [helper.make_node("MatMul", ["x", "w"], ["y"], name="product")]
+    stacked = one_layer(product, {"w": draw(3, 4, 2)}, x=(3, 1, 4), y=(3, 1, 2))
+    single = one_layer(product, {"w": draw(4, 2)}, x=(3, 1, 4), y=(3, 1, 2))
+    assert [len(quantizable(model, {})) for model in (stacked, single)] == [0, 1]
+
+
+def test_a_network_that_is_quantised_already_is_refused_with_the_way_out() -> None:
+    model = quantized(residual(), REACHES, ["conv_b"])
+    with pytest.raises(ConversionFailed, match=r"\(QuantizeLinear\) quantises already.* Use --precision fp32"):
+        quantizable(model, LAYER_OF)
+
+
+def test_sums_of_one_name_are_told_apart_by_their_number() -> None:
+    model = one_layer(
+        [
+            helper.make_node("Add", ["x", "a"], ["s"], name="node_add"),
+            helper.make_node("Relu", ["x"], ["a"], name="relu"),
+            helper.make_node("Add", ["s", "a"], ["y"], name="node_add_1"),
+        ],
+        {},
+        x=(1, 3),
+        y=(1, 3),
+    )
+    found = quantizable(model, {"node_add": "add", "node_add_1": "add"})
+    assert [each.key for each in found] == [("add#1", "Add"), ("add#2", "Add")]
+    assert excluded(found, ["add#2"], first_last=False).keys() == {"node_add_1"}
+    assert excluded(found, ["add"], first_last=False).keys() == {"node_add", "node_add_1"}
+
+
+def test_a_tensor_of_the_network_that_is_called_like_a_scale_is_not_taken_for_one() -> None:
+    names = {"body.weight": "r_scale", "shift": "r_QuantizeLinear_Output_1", "head.bias": "f_zero_point"}
+    renamed = residual()
+    for tensor in renamed.graph.initializer:
+        tensor.name = names.get(tensor.name, tensor.name)
+    for each in renamed.graph.node:
+        for place, name in enumerate(each.input):
+            each.input[place] = names.get(name, name)
+    x = draw(1, 3, 5, 5, seed=9)
+    found = quantized(renamed, REACHES, ALL)
+    np.testing.assert_array_equal(run(found, x), run(quantized(residual(), REACHES, ALL), x))
+    assert {*names.values()} <= tensors(found).keys()
+
+
+def test_a_weight_that_two_kinds_of_layers_read_has_a_scale_for_each_channel_of_either() -> None:
+    model = one_layer(
+        [
+            helper.make_node("Conv", ["x", "w"], ["a"], name="down"),
+            helper.make_node("ConvTranspose", ["a", "w"], ["y"], name="up"),
+        ],
+        {"w": draw(4, 3, 1, 1) * np.float32([1, 10, 100])[:, None, None]},
+        x=(1, 3, 5, 5),
+        y=(1, 3, 5, 5),
+    )
+    found = quantized(model, {"x": 3.0, "a": 4.0}, ["down", "up"])
+    held = tensors(found)
+    for name, axis in (("down", 0), ("up", 1)):
+        quantize, dequantize = pair(found, node(found, name).input[1])
+        others = tuple({0, 1, 2, 3} - {axis})
+        np.testing.assert_allclose(
+            held[quantize.input[1]], np.abs(held[quantize.input[0]]).max(others) / 127, rtol=1e-6
+        )
+        assert [each.i for pair in (quantize, dequantize) for each in pair.attribute if each.name == "axis"] == [
+            axis
+        ] * 2
 
 
 def test_what_they_read_without_weights_has_to_be_known() -> None:
