@@ -34,6 +34,8 @@ LARGEST_FP16 = 65504.0
 HEADROOM = 2.0
 # The smallest FP16 number with all of its 11 bits; a tensor whose largest value lies below loses bits, and then all.
 SMALLEST_FP16 = 2.0**-14
+# FP16 numbers below are 2^-24 apart: a step of 8 bits that is smaller than this becomes more than an eighth too wide.
+SMALLEST_STEP = 2.0**-21
 # Weights that lose more than so much of their norm lie below what FP16 holds; rounding alone costs at most 2^-11.
 MOST_LOST = 2.0**-8
 # A running sum of equal numbers in 11 bits stops growing at 2048 of them, and is off by an eighth of a step at 256.
@@ -131,6 +133,7 @@ def overflowing(
     found = {}
     seen = dict(largest)
     weights = {tensor.name: tensor for tensor in model.graph.initializer if tensor.data_type == FLOAT}
+    pairs = {node.output[0]: node for node in model.graph.node if node.op_type in QUANTIZATION}
     for node in model.graph.node:
         if node.op_type in QUANTIZATION:
             seen[node.output[0]] = seen.get(node.input[0], 0.0)
@@ -140,10 +143,15 @@ def overflowing(
         elif values and min(values) < SMALLEST_FP16:
             found[node.name] = f"values of at most {min(values):.1e} on {images} {what}; FP16 rounds those to few bits"
         elif node.op_type not in (*BOUNDED, *QUANTIZATION):
-            reasons = (_unfit(weights[name]) for name in _factors(node) if name in weights)
+            reasons = [_unfit(weights[name]) for name in _factors(node) if name in weights]
+            reasons += [_unfit_steps(pairs[name], pairs, weights) for name in node.input if name in pairs]
             if reason := next(filter(None, reasons), None):
                 found[node.name] = reason
-    return _held_from_zero(model.graph.node, weights) | found
+    found = _held_from_zero(model.graph.node, weights) | found
+    for node in model.graph.node:
+        if node.name in found:
+            found |= dict.fromkeys(_pairs_read(node, pairs), found[node.name])
+    return found
 
 
 def _held_from_zero(nodes: Iterable[onnx.NodeProto], weights: Mapping[str, onnx.TensorProto]) -> dict[str, str]:
@@ -482,6 +490,35 @@ def _unfit(tensor: onnx.TensorProto) -> str | None:
     if lost > MOST_LOST * float(np.linalg.norm(values)):
         return f"weights of at most {largest:.1e}, below what FP16 holds to 8 bits"
     return None
+
+
+def _unfit_steps(
+    dequantize: onnx.NodeProto, pairs: Mapping[str, onnx.NodeProto], weights: Mapping[str, onnx.TensorProto]
+) -> str | None:
+    """Why FP16 cannot hold a weight in 8 bits: the weight itself, or the width of its steps; None when it can."""
+    import onnx
+
+    quantize = pairs.get(dequantize.input[0])
+    if quantize is None or quantize.input[0] not in weights:
+        return None
+    largest, widest = (
+        float(np.abs(onnx.numpy_helper.to_array(weights[name])).max(initial=0.0)) for name in quantize.input[:2]
+    )
+    if largest > LARGEST_FP16:
+        return f"weights up to {largest:.3g}; FP16 ends at {LARGEST_FP16:.0f}"
+    if 0 < widest < SMALLEST_STEP:
+        return f"weights of at most {largest:.1e}, in steps below what FP16 holds"
+    return None
+
+
+def _pairs_read(node: onnx.NodeProto, pairs: Mapping[str, onnx.NodeProto]) -> list[str]:
+    """The names of the Q/DQ nodes through which a node reads: they have its type, or no runtime fuses them with it."""
+    found = []
+    for name in node.input:
+        while name in pairs:
+            found.append(pairs[name].name)
+            name = pairs[name].input[0]
+    return found
 
 
 def _store(tensor: onnx.TensorProto, kind: str, *, upwards: bool) -> None:

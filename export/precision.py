@@ -23,6 +23,7 @@ from .layers import LayerMap
 from .low_precision import (
     ELEMENT_TYPES,
     FLOAT,
+    QUANTIZATION,
     Kept,
     element_types,
     emulated,
@@ -192,6 +193,7 @@ class Converter:
                     reason=reason,
                 )
                 for name, reason in kept.items()
+                if nodes[name].op_type not in QUANTIZATION  # a pair is a part of the layer that reads it
             ],
         )
 

@@ -213,6 +213,36 @@ def test_int8_in_fp16_surroundings_keeps_what_overflows_in_fp32(loud, tmp_path) 
     assert found.snr_db > 25
 
 
+class Faint(nn.Module):
+    """A convolution with tiny weights, whose sums are then multiplied by `gain`."""
+
+    def __init__(self, *, weights: float, gain: float) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, bias=False)
+        self.head = nn.Linear(8, 10, bias=False)
+        self.gain = gain
+        with torch.no_grad():
+            self.conv.weight *= weights
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.head((self.gain * self.conv(image).relu()).mean((2, 3)))
+
+
+@pytest.mark.parametrize("precision", ["int8", "fp8"])
+@pytest.mark.parametrize(("weights", "loudness", "gain"), [(1e-6, 3e3, 1.0), (1e-9, 1.0, 1e9)])
+def test_8_bit_weights_whose_steps_fp16_cannot_hold_keep_their_layer_and_its_pairs_in_fp32(
+    tmp_path, precision, weights, loudness, gain
+) -> None:
+    torch.manual_seed(0)
+    export_onnx(Faint(weights=weights, gain=gain), torch.zeros(1, 3, SIZE, SIZE), tmp_path / "net.onnx")
+    images = np.float32(loudness) * draw(12)
+    exact, snr_db = Reference(tmp_path / "net.onnx").outputs(images), {}
+    for rest in ("fp32", "fp16"):
+        Converter(tmp_path / "net.onnx", images, precision=precision, rest=rest).write(tmp_path / f"{rest}.onnx")
+        snr_db[rest] = compare_outputs(exact, Reference(tmp_path / f"{rest}.onnx").outputs(images)).snr_db
+    assert snr_db["fp16"] == pytest.approx(snr_db["fp32"], abs=1.0)
+
+
 def test_a_network_that_is_not_finite_in_fp32_cannot_be_converted(tmp_path) -> None:
     path = network(tmp_path / "net.onnx", gain=3e38)
     with pytest.raises(ConversionFailed, match=r"not finite in FP32 already, on image \d of 4"):
