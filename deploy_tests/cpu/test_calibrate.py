@@ -14,6 +14,7 @@ from chip_deploy.export.calibrate import (
     LEVELS,
     METHODS,
     MOST_CUT_OFF_PERCENT,
+    STEPS,
     Magnitudes,
     divergence,
     reach,
@@ -40,34 +41,32 @@ def test_counts_depend_neither_on_the_order_of_the_values_nor_on_their_parts(par
     whole = counted(np.concatenate(parts))
     chance.shuffle(parts)
     split = counted(*parts)
-    assert (split.range, split.largest) == (whole.range, whole.largest)
-    np.testing.assert_array_equal(split.counts_B, whole.counts_B)
+    assert (split.lowest, split.largest) == (whole.lowest, whole.largest)
+    np.testing.assert_array_equal(split.counts_OS, whole.counts_OS)
 
 
-def test_counts_are_those_of_numpy_without_zeros() -> None:
+@pytest.mark.parametrize("exponent", [-3, 0, 2, 4, 9])
+def test_counts_are_those_of_numpy_without_zeros_in_bins_up_to_any_power_of_two(exponent: int) -> None:
     values = np.maximum(normal(), 0) * 3
     found = counted(values[:7], values[7:])
-    expected, _ = np.histogram(values[values > 0], bins=BINS, range=(0, found.range))
-    np.testing.assert_array_equal(found.counts_B, expected)
-    assert found.counts_B.sum() == np.count_nonzero(values)
-    assert (found.range, found.largest) == (16.0, values.max())
-
-
-def test_a_value_at_the_very_end_of_the_range_is_in_the_last_bin() -> None:
-    found = counted(np.float32([4.0, -4.0, 1.0]))
-    assert (found.range, found.counts_B[-1], found.counts_B[BINS // 4]) == (4.0, 2, 1)
+    expected, _ = np.histogram(values[(values > 0) & (values < 2.0**exponent)], bins=BINS, range=(0, 2.0**exponent))
+    counts = found.bins(exponent)
+    np.testing.assert_array_equal(counts[:BINS], expected)
+    assert counts[BINS] == np.count_nonzero(values >= 2.0**exponent)
+    assert counts.sum() == np.count_nonzero(values)
+    assert (found.ceiling, found.largest) == (4, values.max())
 
 
 def test_the_largest_alone_is_heeded_without_a_count() -> None:
     found = Magnitudes()
     found.add_largest(np.float32([-3.0, 2.0]))
-    assert (found.largest, found.counts_B.sum()) == (3.0, 0)
+    assert (found.largest, found.counts_OS.sum()) == (3.0, 0)
 
 
-def test_what_is_almost_zero_needs_no_range_of_its_own() -> None:
-    found = counted(np.float32([1e-38]))
-    assert (found.largest, found.counts_B[0]) == (pytest.approx(1e-38), 1)
-    assert math.isfinite(found.width)
+def test_what_float32_holds_with_few_bits_counts_as_zero() -> None:
+    found = counted(np.float32([1e-40, 1.0]))
+    assert (found.lowest, found.counts_OS.sum()) == (0, 1)
+    assert reach(counted(np.float32([1e-40])), method="entropy") == pytest.approx(1e-40, rel=1e-4)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
@@ -87,12 +86,13 @@ def test_min_max_ends_at_the_largest_value() -> None:
     assert reach(counted(values), method="min-max") == np.abs(values).max()
 
 
+@pytest.mark.parametrize("outlier", [0.0, 1e9])
 @pytest.mark.parametrize("percentile", [90.0, 99.0, 99.99])
-def test_a_percentile_is_that_of_numpy_to_within_a_bin(percentile: float) -> None:
-    values = normal()
-    found = counted(values)
-    expected = np.percentile(np.abs(values), percentile)
-    assert reach(found, method="percentile", percentile=percentile) == pytest.approx(expected, abs=2 * found.width)
+def test_a_percentile_is_that_of_numpy_to_within_a_step(percentile: float, outlier: float) -> None:
+    values = np.append(normal(), np.float32(outlier))
+    expected = np.percentile(np.abs(values[values != 0]), percentile, method="inverted_cdf")
+    found = reach(counted(values), method="percentile", percentile=percentile)
+    assert expected <= found <= expected * (1 + 1 / STEPS)
 
 
 def test_no_rule_goes_beyond_the_largest_value() -> None:
@@ -108,19 +108,28 @@ def test_entropy_cuts_off_a_lone_outlier_and_keeps_what_is_spread_evenly() -> No
     assert reach(even, method="entropy") > 0.99
 
 
-def test_entropy_takes_the_end_with_the_least_divergence_of_all() -> None:
-    found = counted(normal(4000), np.float32([20.0]))
-    used = int(np.flatnonzero(found.counts_B)[-1]) + 1
+@pytest.mark.parametrize("outlier", [1e3, 1e6, 1e30])
+def test_how_far_a_lone_outlier_lies_does_not_change_where_entropy_ends(outlier: float) -> None:
+    ends = [reach(counted(normal(), np.float32([far])), method="entropy") for far in (100.0, outlier)]
+    assert ends[1] == ends[0] < 10
+
+
+@pytest.mark.parametrize("outlier", [20.0, 1e6])
+def test_entropy_takes_the_end_with_the_least_divergence_of_all(outlier: float) -> None:
+    found = counted(normal(), np.float32([outlier]))
+    exponent = 6 if outlier > 64 else 5  # 16 times the largest of the others, or the outlier itself
+    counts, width = found.bins(exponent), 2.0**exponent / BINS
+    used = int(np.flatnonzero(counts[:BINS])[-1]) + 1
     most = 100 - MOST_CUT_OFF_PERCENT
-    first = max(LEVELS, round(reach(found, method="percentile", percentile=most) / found.width))
-    losses = {end: divergence(found.counts_B, end=end) for end in range(first, used + 1)}
-    chosen = round(reach(found, method="entropy") / found.width)
+    first = max(LEVELS, round(reach(found, method="percentile", percentile=most) / width))
+    losses = {end: divergence(counts, end=end) for end in range(first, max(used, LEVELS) + 1)}
+    chosen = round(reach(found, method="entropy") / width)
     assert losses[chosen] == min(losses.values())
 
 
 def test_entropy_does_not_cut_off_values_that_all_lie_far_from_zero() -> None:
     far = counted(np.linspace(0.9, 1.0, 144, dtype=np.float32))
-    assert divergence(far.counts_B, end=LEVELS) == pytest.approx(0.0, abs=1e-12)
+    assert divergence(far.bins(0), end=LEVELS) == pytest.approx(0.0, abs=1e-12)
     assert reach(far, method="entropy") > 0.99
 
 
