@@ -6,7 +6,7 @@ An ONNX file is one protobuf message. Weights are stepped over, so a large file 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -52,6 +52,8 @@ class OnnxGraph:
     types: dict[str, str] = field(default_factory=dict)
     opset: int = 0
     """Of ONNX's own operators; 0 where the file does not say."""
+    inner: list[OnnxNode] = field(default_factory=list)
+    """The nodes of the file's own functions, and of the branches and loops that other nodes hold; no types are told."""
 
 
 def read_graph(path: Path) -> OnnxGraph:
@@ -65,7 +67,10 @@ def read_graph(path: Path) -> OnnxGraph:
         if not found:
             raise ValueError("it holds no graph")
         opset = max([_opset(_message(value)) for number, value in fields if number == 8], default=0)
-        return _graph(_message(found[0]), opset)
+        graph = _graph(_message(found[0]), opset)
+        for function in (value for number, value in fields if number == 25):
+            graph.inner.extend(_with_inner(_parts(function, 7)))
+        return graph
     except (ValueError, IndexError, KeyError) as err:
         raise IntegrityError(f"{path}: no ONNX file that can be read ({err}). Export the network again.") from err
 
@@ -74,9 +79,11 @@ def _graph(message: memoryview, opset: int) -> OnnxGraph:
     graph = OnnxGraph(opset=opset)
     for number, value in _fields(message):
         if number == 1:
-            graph.nodes.append(_node(_message(value)))
-        elif number == 5:
-            name, shape, kind = _tensor(_message(value))
+            node, *inner = _with_inner([value])
+            graph.nodes.append(node)
+            graph.inner.extend(inner)
+        elif number in (5, 15):
+            name, shape, kind = _tensor(_message(value)) if number == 5 else _sparse_tensor(_message(value))
             graph.shapes[name] = shape
             graph.types[name] = kind
             graph.weights.add(name)
@@ -138,6 +145,16 @@ def _node(message: memoryview) -> OnnxNode:
     return OnnxNode(name, operator, tuple(texts[1]), tuple(texts[2]), scopes, to)
 
 
+def _with_inner(values: Iterable[Value]) -> list[OnnxNode]:
+    """Nodes, each before those of the branches and loops that it holds, to any depth."""
+    found = []
+    for message in map(_message, values):
+        attributes = _parts(message, 5)
+        bodies = [body for attribute in attributes for number in (6, 11) for body in _parts(attribute, number)]
+        found += [_node(message), *(node for body in bodies for node in _with_inner(_parts(body, 1)))]
+    return found
+
+
 def _written_type(message: memoryview) -> str:
     """The type that a node's attribute makes it write; empty for an attribute about something else."""
     name, kind = "", ""
@@ -161,6 +178,17 @@ def _tensor(message: memoryview) -> tuple[str, tuple[int, ...], str]:
             kind = ELEMENT_TYPES.get(value, "")
         elif number == 8:
             name = _text(value)
+    return name, tuple(shape), kind
+
+
+def _sparse_tensor(message: memoryview) -> tuple[str, tuple[int, ...], str]:
+    """The same of a weight that is stored sparsely: its values have the name, the whole has the shape."""
+    name, shape, kind = "", [], ""
+    for number, value in _fields(message):
+        if number == 1:
+            name, _, kind = _tensor(_message(value))
+        elif number == 3:
+            shape += [value] if isinstance(value, int) else _packed(value)
     return name, tuple(shape), kind
 
 

@@ -134,3 +134,28 @@ def test_shapes_and_types_behind_conversions_are_filled_in(tmp_path: Path) -> No
     expected = {"low": "fp16", "q": "int8", "dq": "fp16", "output": "fp16", "size": "int64", "unsigned": "uint8"}
     assert {name: graph.types[name] for name in expected} == expected
     assert all(graph.shapes[name] == (2, 3) for name in ("low", "q", "dq", "unsigned"))
+
+
+def test_nodes_of_functions_and_of_branches_in_branches_are_read_apart(tmp_path: Path) -> None:
+    make, value = onnx.helper.make_node, onnx.helper.make_tensor_value_info("y", 1, [1])
+    leaf = onnx.helper.make_graph([make("Conv", ["x", "w"], ["y"], name="leaf")], "leaf", [], [value])
+    branches = {"then_branch": leaf, "else_branch": leaf}
+    twig = onnx.helper.make_graph([make("If", ["c"], ["y"], name="twig", **branches)], "twig", [], [value])
+    nodes = [make("Loop", ["n", "c"], ["y"], name="loop", body=twig), make("Relu", ["y"], ["z"], name="last")]
+    body = [make("Gemm", ["a", "b"], ["c"], name="called")]
+    opsets = [onnx.helper.make_opsetid("", 21)]
+    function = onnx.helper.make_function("local", "Block", ["a", "b"], ["c"], body, opsets)
+    model = onnx.helper.make_model(onnx.helper.make_graph(nodes, "g", [], []), functions=[function])
+    onnx.save(model, tmp_path / "model.onnx")
+    read = read_graph(tmp_path / "model.onnx")
+    assert [node.name for node in read.nodes] == ["loop", "last"]
+    assert [node.name for node in read.inner] == ["twig", "leaf", "leaf", "called"]
+
+
+def test_a_sparse_weight_has_the_shape_of_the_whole(tmp_path: Path) -> None:
+    values = onnx.helper.make_tensor("w", onnx.TensorProto.FLOAT, [2], [1.0, 2.0])
+    places = onnx.helper.make_tensor("places", onnx.TensorProto.INT64, [2], [0, 5])
+    graph = onnx.GraphProto(sparse_initializer=[onnx.helper.make_sparse_tensor(values, places, [4, 300])])
+    onnx.save(onnx.ModelProto(graph=graph), tmp_path / "model.onnx")
+    read = read_graph(tmp_path / "model.onnx")
+    assert (read.weights, read.shapes, read.types) == ({"w"}, {"w": (4, 300)}, {"w": "fp32"})
