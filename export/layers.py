@@ -42,12 +42,13 @@ class LayerMap:
 
     def __init__(self, graph: OnnxGraph) -> None:
         self._graph = graph
-        self._maker = {output: node for node in graph.nodes for output in node.outputs}
+        # An output that is left out has an empty name, which would be found in every text.
+        self._maker = {output: node for node in graph.nodes for output in node.outputs if output}
         self._named = {node.name: node for node in graph.nodes if node.name}
         # A runtime names a fused node after the last tensor it writes; a node's own name goes first.
         self._named = {**self._maker, **self._named}
         names = sorted(self._named, key=len, reverse=True)
-        self._any_name = re.compile(rf"(?<![\w.])(?:{'|'.join(map(re.escape, names))})(?![\w.])")
+        self._any_name = re.compile(rf"(?<![\w./:])(?:{'|'.join(map(re.escape, names)) or '(?!)'})(?![\w./:])")
 
     @functools.cached_property
     def work(self) -> dict[str, LayerWork]:
@@ -93,7 +94,7 @@ class LayerMap:
         if weight.endswith(".weight"):
             return weight.removesuffix(".weight")
         if len(node.scopes) < 2:
-            return node.name
+            return node.name or next(filter(None, node.outputs), node.operator)
         return node.scopes[-2] or re.sub(r"_\d+$", "", node.scopes[-1])
 
     def _unclaimed_before(self, node: OnnxNode, claimed: set[tuple[str, ...]]) -> OnnxNode | None:
@@ -154,7 +155,7 @@ class LayerMap:
     @property
     def _batch(self) -> int:
         shapes = [self._graph.shapes[name] for name in self._graph.inputs if name not in self._graph.weights]
-        return shapes[0][0] if shapes and shapes[0] else 1
+        return shapes[0][0] or 1 if shapes and shapes[0] else 1
 
     def _shape(self, name: str) -> tuple[int, ...]:
         """Raises: IntegrityError for a tensor of which the file gives no shape."""

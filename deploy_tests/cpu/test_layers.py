@@ -145,6 +145,33 @@ def test_names_with_slashes_are_told_apart() -> None:
     assert LayerMap(slashed).layers(executed(("/a/b/Conv", "Conv"), ("/a/Conv", "Conv"))) == [("b",), ("a",)]
 
 
+@pytest.mark.parametrize(
+    ("name", "layers"),
+    [
+        ("b.weight + node_q + node_Conv_11 + node_add + node_relu_1", ("b",)),
+        ("node_Conv_1 || node_Conv_11", ("a", "b")),
+        ("node_Conv_11 + PWN(PWN(node_add), node_relu_1)", ("b",)),
+        ("PWN(node_relu_1)", ("relu_1",)),
+        ("node_Conv_1 [profile 1]", ("a",)),
+        ("node_Conv_1_myl0_2", ()),
+        ("__myl_ReluAdd_myl0_3", ()),
+        ("(Unnamed Layer* 11) [ElementWise]", ()),
+        ("other/node_Conv_1/Conv", ()),
+    ],
+)
+def test_tensorrts_names_of_layers_hold_the_nodes_that_they_stand_for(name: str, layers: tuple[str, ...]) -> None:
+    assert LayerMap(RESIDUAL).layers(executed((name, "layer"))) == [layers]
+
+
+def test_an_output_that_is_left_out_is_found_in_no_name() -> None:
+    dropped = OnnxNode("node_drop", "Dropout", ("input",), ("kept", ""), ())
+    assert LayerMap(OnnxGraph([dropped])).layers(executed(("a + b", "kgen"))) == [()]
+
+
+def test_in_a_graph_without_nodes_nothing_is_found() -> None:
+    assert LayerMap(OnnxGraph()).layers(executed(("a + b", "kgen"))) == [()]
+
+
 def test_a_weight_is_recognised_behind_what_only_converts_it() -> None:
     quantised = graph(("dq", "DequantizeLinear", "a.weight scale", "w"), ("node_Conv", "Conv", "input w", "output"))
     mapped = LayerMap(quantised)
