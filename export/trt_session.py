@@ -25,7 +25,8 @@ from .target import CUDA_GRAPH, NodeLaps, RoundTrip, TensorType, checked_feeds, 
 from .trt_caches import CacheFile
 from .trt_log import Log, construct, layer_timer, release
 
-# Kinds of layers that TensorRT adds to bring data into another layout; their names hold those of their neighbours.
+# Kinds of layers that TensorRT adds to bring data into another layout; their names hold those of their neighbours. The
+# network's own concatenations and quantisations are of these kinds too; TensorRT notes their nodes.
 REFORMATTING = ("Reformat", "NoOp")
 # TensorRT reads an input from any address that is a multiple of this; what lies elsewhere is copied.
 ALIGNMENT = 256
@@ -647,9 +648,9 @@ def plan_sha256(plan: Any) -> str:
 def _node_laps(name: str, information: dict[str, Any], laps_ms: list[float]) -> NodeLaps:
     """A layer with the ONNX nodes that TensorRT notes as its origin; without such notes its name has to tell."""
     kind = str(information.get("LayerType", ""))
-    if kind in REFORMATTING or name.startswith("Reformatting CopyNode"):
-        return NodeLaps(name, "reformat", "", laps_ms)
     noted = re.findall(r"\[ONNX Layer: ([^\]]+)\]", str(information.get("Metadata", "")))
+    if name.startswith("Reformatting CopyNode") or (kind in REFORMATTING and not noted):
+        return NodeLaps(name, "reformat", "", laps_ms)
     return NodeLaps(name, kind or "layer", " + ".join(noted) or name, laps_ms)
 
 

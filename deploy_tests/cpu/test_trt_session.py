@@ -975,6 +975,13 @@ def test_a_layer_knows_the_onnx_nodes_it_was_made_of_and_a_reformat_has_none() -
     ]
 
 
+def test_a_concatenation_that_tensorrt_makes_by_a_copy_belongs_to_the_network() -> None:
+    profiled = profiled_on_a_stand_in()
+    profiled._engine.layers[2] |= {"LayerType": "Reformat", "Origin": "CONCAT", "Metadata": "[ONNX Layer: node_cat]"}
+    told = [(layer.operator, layer.origin) for layer in profiled.node_laps(1)]
+    assert told[1:] == [("reformat", ""), ("Reformat", "node_cat")]
+
+
 @pytest.mark.parametrize("layers", [["conv + relu", "x", "head"], [{}, {}, {}]], ids=["names only", "nothing"])
 def test_without_notes_on_its_origin_a_layer_goes_by_its_name(layers: list[Any]) -> None:
     profiled = profiled_on_a_stand_in()
