@@ -34,27 +34,34 @@ SPELLINGS = (
     ("int32", r"int32"),
     ("bool", r"bool"),
 )
-# TensorRT's kinds of layers that multiply, over its versions: CaskConvolution, gemm, MatrixMultiply, ...
-MULTIPLYING_KINDS = re.compile(r"conv|gemm|matrix ?mul|matmul|fullyconnected", re.IGNORECASE)
+# TensorRT's kinds of layers that multiply, over its versions: CaskConvolution, gemm, MatrixMultiply, correlation, ...
+MULTIPLYING_KINDS = re.compile(r"conv|correlation|gemm|matrix ?mul|matmul|fullyconnected", re.IGNORECASE)
 QUANTISING_KINDS = re.compile(r"^(de)?quantize", re.IGNORECASE)
-# What the inspector also calls a layer, and takes no time of its own.
-NO_WORK = ("NoOp", "Constant", "Signal", "Wait")
+# What the inspector also calls a layer, and takes no time of its own; in lower case.
+NO_WORK = ("noop", "constant", "signal", "wait", "shape_call")
+# The layers for every optimization profile but the first are the same ones again, and their names end so.
+LATER_PROFILE = re.compile(r"\[profile \d+\]")
 # So many names stand in a sentence; the others are counted.
 NAMED = 3
 
 
 class _Layer(NamedTuple):
-    """What counts of one layer: its name, its type, whether it multiplies, and whether in TF32 by its kernel's name."""
+    """What counts of one layer: its name, its type, whether it multiplies, and whether in TF32 by its kernel's name.
+
+    fused: the engine's layer, and the type it reads, where that holds other products as well; the type is UNKNOWN then.
+    """
 
     name: str
     kind: str
     multiplies: bool
     tf32: bool = False
+    fused: tuple[str, str] | None = None
 
 
 def graph_types(onnx_path: Path, precision: str, *, tf32: bool = False) -> LayerTypes:
     """The types that an ONNX file asks for, node by node; Q/DQ nodes count as part of what they feed.
 
+    Of nodes in functions, branches and loops no types are told; they count as unknown.
     tf32: whether the runtime may multiply FP32 values in TF32.
     Raises: FileNotFoundError; IntegrityError when the file is no ONNX file.
     """
@@ -66,7 +73,14 @@ def graph_types(onnx_path: Path, precision: str, *, tf32: bool = False) -> Layer
         for node in graph.nodes
         if node.operator not in IDLE and not _only_weights(node, graph, maker)
     ]
-    return _summed_up(layers, precision, source="graph", unfused=[], reformats=None, tf32=tf32)
+    inner = [node for node in graph.inner if node.operator not in IDLE]
+    layers += [_Layer(named.layer(node), UNKNOWN, node.operator in MULTIPLYING) for node in inner]
+    types = _summed_up(layers, precision, source="graph", unfused=[], reformats=None, tf32=tf32)
+    if not inner:
+        return types
+    lie = f"{len(inner)} nodes lie" if len(inner) > 1 else "1 node lies"
+    told = f"{lie} in functions, branches or loops of the ONNX file, where types are not told."
+    return types.model_copy(update={"sentence": f"{types.sentence} {told}"})
 
 
 def engine_types(
@@ -80,17 +94,17 @@ def engine_types(
     in TF32.
     Raises: ValueError when the text is no such JSON; IntegrityError for an unreadable ONNX file.
     """
-    layers = _inspected(information)
-    if not any("Inputs" in layer for layer in layers):
+    described = _inspected(information)
+    if not any("Inputs" in layer for layer in described):
         return None
     graph = read_graph(onnx_path) if onnx_path else OnnxGraph()
     operators = {node.name: node.operator for node in graph.nodes if node.name}
-    names = _layer_names(graph)
+    layers = [layer for layer in described if _works(layer)]
     unfused = [layer for layer in layers if _stands_alone(layer, operators)]
-    reformats = [layer for layer in layers if _reformats(layer) and layer not in unfused]
-    working = [layer for layer in layers if layer.get("LayerType") not in NO_WORK and layer not in unfused + reformats]
+    reformats = [layer for layer in layers if _reformats(layer, operators) and layer not in unfused]
+    working = [layer for layer in layers if layer not in unfused + reformats]
     return _summed_up(
-        [_engine_layer(layer, operators, names) for layer in working],
+        _engine_layers(working, _products(graph)),
         precision,
         source="engine",
         unfused=[str(layer.get("Name", "")) for layer in unfused],
@@ -122,8 +136,9 @@ def _summed_up(
     tf32: bool,
 ) -> LayerTypes:
     multiplying = [layer for layer in layers if layer.multiplies]
-    other = [layer for layer in multiplying if layer.kind != precision]
-    sentences = [_types_sentence(multiplying, other, precision, source)]
+    other = [layer for layer in multiplying if layer.kind not in (precision, UNKNOWN)]
+    untold = [layer for layer in multiplying if layer.kind == UNKNOWN]
+    sentences = [_types_sentence(multiplying, other, untold, precision, source), *_untold_sentences(untold)]
     if tf32:
         sentences.append(_tf32_sentence([layer for layer in multiplying if layer.kind == "fp32"]))
     if source == "engine":
@@ -139,12 +154,20 @@ def _summed_up(
     )
 
 
-def _types_sentence(multiplying: Sequence[_Layer], other: Sequence[_Layer], precision: str, source: str) -> str:
+def _types_sentence(
+    multiplying: Sequence[_Layer], other: Sequence[_Layer], untold: Sequence[_Layer], precision: str, source: str
+) -> str:
     """Which type the layers that multiply run in; anything but what was asked for is said plainly."""
     by = " (by the ONNX file)" if source == "graph" else ""
     total, kinds = len(multiplying), _counted(layer.kind for layer in other)
     if not total:
         return f"Asked for {precision}; no layer multiplies."
+    if len(untold) == total:
+        which = f"any of the {total} multiplying layers" if total > 1 else "the one multiplying layer"
+        return f"Asked for {precision}; whether {which} runs in it is not told{by}."
+    if not other and untold:
+        known = total - len(untold)
+        return f"{known} of {total} multiplying layers {'run' if known > 1 else 'runs'} in {precision}{by}."
     if not other:
         sentence = f"{_layers(total, 'multiplying')} in {precision}{by}."
         return sentence[0].upper() + sentence[1:]
@@ -153,6 +176,21 @@ def _types_sentence(multiplying: Sequence[_Layer], other: Sequence[_Layer], prec
     told = " and ".join(f"{count} run in {kind}" if count > 1 else f"1 runs in {kind}" for kind, count in kinds.items())
     named = _named([layer.name for layer in other])
     return f"Asked for {precision}, but of {total} multiplying layers {told}{by}: {named}."
+
+
+def _untold_sentences(untold: Sequence[_Layer]) -> list[str]:
+    """Of which layers no type is known: what is fused with others has none of its own, and of some nothing is told."""
+    alone = [layer.name for layer in untold if layer.fused is None]
+    fused = list(dict.fromkeys(layer.fused for layer in untold if layer.fused))
+    sentences = []
+    if fused:
+        reads = " or ".join(dict.fromkeys(kind for _, kind in fused))
+        into = f"{len(fused)} layers that read" if len(fused) > 1 else "one layer that reads"
+        sentences.append(f"{len(untold) - len(alone)} are fused into {into} {reads}; their own types are not told.")
+    if alone:
+        of = f"The types of {len(alone)} are" if len(alone) > 1 else "The type of 1 is"
+        sentences.append(f"{of} not told: {_named(alone)}.")
+    return sentences
 
 
 def _tf32_sentence(layers: Sequence[_Layer]) -> str:
@@ -235,14 +273,42 @@ def _inspected(information: str) -> list[dict[str, Any]]:
     return [layer if isinstance(layer, dict) else {"Name": str(layer)} for layer in layers]
 
 
-def _engine_layer(layer: dict[str, Any], operators: dict[str, str], names: dict[str, str]) -> _Layer:
-    """One layer of an engine; one that multiplies goes by the torch layer whose multiplication it holds."""
-    nodes = _onnx_nodes(layer)
-    products = [node for node in nodes if operators.get(node) in MULTIPLYING]
-    kinds = f"{layer.get('LayerType', '')} {layer.get('ParameterType', '')}"
-    multiplies = bool(products) or bool(MULTIPLYING_KINDS.search(kinds))
-    name = " + ".join(dict.fromkeys(names.get(node, node) for node in products)) or str(layer.get("Name", ""))
-    return _Layer(name, _engine_type(layer), multiplies, "tf32" in str(layer.get("TacticName", "")).lower())
+def _engine_layers(layers: Sequence[dict[str, Any]], products: dict[str, str]) -> list[_Layer]:
+    """The layers of an engine; one that multiplies stands once for every ONNX node whose product it holds.
+
+    products: the torch layer of every node that multiplies. One that the engine mentions nowhere is of unknown type.
+    """
+    noted = [[node for node in dict.fromkeys(_onnx_nodes(layer)) if node in products] for layer in layers]
+    kernels = [bool(MULTIPLYING_KINDS.search(_kinds(layer))) for layer in layers]
+    # What only brings data into place for a product notes the product's node as well.
+    multiplied = {node for nodes, kernel in zip(noted, kernels, strict=True) if kernel for node in nodes}
+    found: list[_Layer] = []
+    told: set[str] = set()
+    for layer, nodes, kernel in zip(layers, noted, kernels, strict=True):
+        own = [node for node in nodes if node not in told and (kernel or node not in multiplied)]
+        found += _held(layer, own, products, kernel=kernel and (bool(own) or not nodes))
+        told.update(own)
+    if told and all(nodes for nodes, kernel in zip(noted, kernels, strict=True) if kernel):
+        found += [_Layer(name, UNKNOWN, multiplies=True) for node, name in products.items() if node not in told]
+    return found
+
+
+def _held(layer: dict[str, Any], nodes: Sequence[str], products: dict[str, str], *, kernel: bool) -> list[_Layer]:
+    """One layer of an engine as the products that it holds; as itself where it holds none that is known.
+
+    kernel: whether it does nothing but multiply. Then what it reads is what each of its products reads.
+    """
+    name, kind = str(layer.get("Name", "")), _engine_type(layer)
+    tf32 = "tf32" in str(layer.get("TacticName", "")).lower()
+    if not nodes:
+        return [_Layer(name, kind, kernel, tf32)]
+    if kernel or len(nodes) == 1:
+        return [_Layer(products[node], kind, multiplies=True, tf32=tf32) for node in nodes]
+    return [_Layer(products[node], UNKNOWN, multiplies=True, fused=(name, kind)) for node in nodes]
+
+
+def _kinds(layer: dict[str, Any]) -> str:
+    return f"{layer.get('LayerType', '')} {layer.get('ParameterType', '')}"
 
 
 def _engine_type(layer: dict[str, Any]) -> str:
@@ -281,12 +347,26 @@ def _stands_alone(layer: dict[str, Any], operators: dict[str, str]) -> bool:
     return any(kind in QUANTISING for kind in found) and all(kind in IDLE for kind in found)
 
 
-def _reformats(layer: dict[str, Any]) -> bool:
-    name = str(layer.get("Name", ""))
-    return layer.get("LayerType") == "Reformat" or name.startswith("Reformatting CopyNode")
+def _works(layer: dict[str, Any]) -> bool:
+    """Whether a layer has work to do, and is no copy for another optimization profile than the first."""
+    kind = str(layer.get("LayerType", "")).lower()
+    return kind not in NO_WORK and not LATER_PROFILE.search(str(layer.get("Name", "")))
 
 
-def _layer_names(graph: OnnxGraph) -> dict[str, str]:
-    """The torch layer of every node that multiplies, by the node's name."""
-    layers = LayerMap(graph)
-    return {node.name: layers.layer(node) for node in graph.nodes if node.operator in MULTIPLYING}
+def _reformats(layer: dict[str, Any], operators: dict[str, str]) -> bool:
+    """Whether a layer was added to reformat data; the network's own concatenations and slices are of that kind too."""
+    if str(layer.get("Name", "")).startswith("Reformatting CopyNode"):
+        return True
+    return layer.get("LayerType") == "Reformat" and all(
+        operators.get(node) in (None, *IDLE) for node in _onnx_nodes(layer)
+    )
+
+
+def _products(graph: OnnxGraph) -> dict[str, str]:
+    """The torch layer of every node that multiplies data, by the node's name."""
+    layers, maker = LayerMap(graph), {output: node for node in graph.nodes for output in node.outputs}
+    return {
+        node.name: layers.layer(node)
+        for node in graph.nodes
+        if node.name and node.operator in MULTIPLYING and not _only_weights(node, graph, maker)
+    }

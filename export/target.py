@@ -84,8 +84,9 @@ class LayerTypes(BaseModel):
 
     source: `engine` where the built engine was asked, `graph` where no device can open it and the ONNX file tells.
     layers: number of layers by the type they compute in. multiplying: the same, of convolutions and matrix products
-    alone. other_type: names of multiplying layers that run in another type than was asked for. unfused: Q/DQ layers
-    that stand alone. reformats: layers that only bring data into another layout; None where the graph cannot tell.
+    alone; `unknown` where no type is told, as of several that the engine fuses into one. other_type: names of
+    multiplying layers that run in another type than was asked for. unfused: Q/DQ layers that stand alone. reformats:
+    layers that only bring data into another layout; None where the graph cannot tell.
     sentence: what a user should know, in one or two sentences.
     """
 

@@ -138,6 +138,40 @@ def test_a_network_as_it_is_converted_runs_in_the_type_it_was_converted_to(
         assert types.sentence.endswith(f"1 runs in {rest} (by the ONNX file): 5.")
 
 
+def test_nodes_in_functions_and_branches_are_said_to_be_of_unknown_type(tmp_path: Path) -> None:
+    value = helper.make_tensor_value_info("output", TensorProto.FLOAT, [1, 4, 8, 8])
+    inner = helper.make_node("Conv", ["input", "conv.weight"], ["output"], name="inner")
+    idle = helper.make_node("Identity", ["input"], ["output"])
+    branches = {
+        "then_branch": helper.make_graph([inner], "then", [], [value]),
+        "else_branch": helper.make_graph([idle], "else", [], [value]),
+    }
+    body = [helper.make_node("Relu", ["a"], ["b"]), helper.make_node("Conv", ["b", "w"], ["c"])]
+    call = helper.make_node("Block", ["input", "conv.weight"], ["called"], domain="local")
+    condition = numpy_helper.from_array(np.array(True), "condition")
+    path = write(
+        tmp_path / "model.onnx",
+        [call, helper.make_node("If", ["condition"], ["output"], name="if", **branches)],
+        [weight("conv.weight"), condition],
+    )
+    model = onnx.load(path)
+    model.functions.append(helper.make_function("local", "Block", ["a", "w"], ["c"], body, model.opset_import))
+    onnx.save(model, path)
+    types = graph_types(path, "fp16")
+    assert types.multiplying == {"unknown": 2}
+    assert types.layers["unknown"] == 3
+    assert types.sentence == (
+        "Asked for fp16; whether any of the 2 multiplying layers runs in it is not told (by the ONNX file). "
+        "The types of 2 are not told: conv, c. "
+        "3 nodes lie in functions, branches or loops of the ONNX file, where types are not told."
+    )
+
+
+def test_a_node_without_a_name_goes_by_what_it_writes(tmp_path: Path) -> None:
+    path = write(tmp_path / "model.onnx", [helper.make_node("Conv", ["input", "w"], ["output"])], [weight("w")])
+    assert graph_types(path, "fp16").other_type == ["output"]
+
+
 # By the engine's own account ----------------------------------------------------------------------------------------
 
 
@@ -251,9 +285,85 @@ def test_the_onnx_file_tells_which_layer_of_a_fused_name_multiplies(tmp_path: Pa
     fused = layer("__myl_Fused", "kgen", tensor10("Half"), tensor10("Half"))
     fused["Metadata"] = "[ONNX Layer: first]\x1e[ONNX Layer: relu]"
     other = layer("__myl_Rest", "kgen", tensor10("Half"), tensor10("Half"), Metadata="[ONNX Layer: relu]")
-    types = found(information(fused, other), "fp16", path)
-    assert (types.multiplying, types.layers) == ({"fp16": 1}, {"fp16": 2})
-    assert types.sentence == "The one multiplying layer runs in fp16."
+    second = layer("second", "CaskConvolution", tensor10("Half"), tensor10("Half"), Metadata="[ONNX Layer: second]")
+    types = found(information(fused, other, second), "fp16", path)
+    assert (types.multiplying, types.layers) == ({"fp16": 2}, {"fp16": 3})
+    assert types.sentence == "All 2 multiplying layers run in fp16."
+
+
+def noted(name: str, kind: str, *nodes: str, read: str = "Half", **more: Any) -> dict[str, Any]:
+    """A layer with the ONNX nodes that TensorRT notes as its origin."""
+    metadata = "\x1f".join(f"[ONNX Layer: {node}]" for node in nodes)
+    return layer(name, kind, tensor10(read), tensor10(read), Metadata=metadata, **more)
+
+
+def test_a_convolution_within_tensorrts_compiler_goes_by_the_name_of_correlation() -> None:
+    assert found(information(noted("conv_myl0_2", "correlation")), "fp16").multiplying == {"fp16": 1}
+
+
+def test_of_products_that_are_fused_with_others_no_type_is_claimed(tmp_path: Path) -> None:
+    path = mixed(tmp_path / "model.onnx", "fp16")
+    region = noted("{ForeignNode[first...second]}", "Myelin", "first", "relu", "second")
+    types = found(information(region), "fp16", path)
+    assert types.multiplying == {"unknown": 2}
+    assert types.other_type == []
+    assert types.sentence == (
+        "Asked for fp16; whether any of the 2 multiplying layers runs in it is not told. "
+        "2 are fused into one layer that reads fp16; their own types are not told."
+    )
+
+
+def test_products_of_one_input_that_one_kernel_computes_are_counted_one_by_one(tmp_path: Path) -> None:
+    path = mixed(tmp_path / "model.onnx", "fp16")
+    types = found(information(noted("first || second", "CaskGemmConvolution", "first", "second")), "fp16", path)
+    assert types.sentence == "All 2 multiplying layers run in fp16."
+
+
+def test_a_layer_that_brings_data_into_place_for_a_product_is_not_a_second_one(tmp_path: Path) -> None:
+    path = mixed(tmp_path / "model.onnx", "fp16")
+    placing = noted("__myl_Move_myl0_1", "kgen", "second", read="Float")
+    kernels = noted("first", "gemm", "first"), noted("second_myl0_2", "gemm", "second", "relu")
+    types = found(information(placing, *kernels), "fp16", path)
+    assert (types.multiplying, types.layers) == ({"fp16": 2}, {"fp32": 1, "fp16": 2})
+
+
+def test_a_product_that_the_engine_does_not_mention_is_said_to_be_of_unknown_type(tmp_path: Path) -> None:
+    path = mixed(tmp_path / "model.onnx", "fp16")
+    rest = layer("{ForeignNode[relu...second]}", "Myelin", tensor10("Half"), tensor10("Float"), Metadata="")
+    types = found(information(noted("first", "CaskConvolution", "first"), rest), "fp16", path)
+    assert types.multiplying == {"fp16": 1, "unknown": 1}
+    assert types.sentence == "1 of 2 multiplying layers runs in fp16. The type of 1 is not told: second."
+
+
+def test_what_does_no_work_is_neither_a_layer_nor_a_reformat() -> None:
+    copy = "Reformatting CopyNode for Input Tensor 0 to conv"
+    text = information(
+        layer("dummy_shape_call", "shape_call", {}, {}),
+        layer(copy, "NoOp", tensor10("Half"), tensor10("Half")),
+        layer("conv", "CaskConvolution", tensor10("Half"), tensor10("Half")),
+        *(layer(f"sync {kind}", kind, {}, {}) for kind in ("signal", "wait")),
+    )
+    types = found(text, "fp16")
+    assert (types.layers, types.reformats) == ({"fp16": 1}, 0)
+
+
+def test_the_layers_of_a_second_profile_are_the_same_ones_again() -> None:
+    first = layer("conv", "CaskConvolution", tensor10("Half"), tensor10("Half"))
+    assert found(information(first, {**first, "Name": "conv [profile 1]"}), "fp16").multiplying == {"fp16": 1}
+
+
+def test_a_concatenation_by_copies_is_the_networks_own_and_a_cast_is_a_reformat(tmp_path: Path) -> None:
+    nodes = [
+        helper.make_node("Cast", ["input"], ["low"], name="cast", to=TensorProto.FLOAT16),
+        helper.make_node("Concat", ["low", "low"], ["output"], name="cat", axis=1),
+    ]
+    text = information(
+        noted("cast", "Reformat", "cast", Origin="CAST"),
+        noted("low copy", "Reformat", "cat", Origin="CONCAT"),
+        noted("Reformatting CopyNode for Input Tensor 0 to cat", "Reformat", Origin="REFORMAT"),
+    )
+    types = found(text, "fp16", write(tmp_path / "model.onnx", nodes, []))
+    assert (types.layers, types.reformats) == ({"fp16": 1}, 2)
 
 
 def test_a_fused_layer_of_quantisations_alone_stands_alone(tmp_path: Path) -> None:
@@ -263,8 +373,9 @@ def test_a_fused_layer_of_quantisations_alone_stands_alone(tmp_path: Path) -> No
     onnx.save(model, tmp_path / "model.onnx")
     alone = layer("__myl_Quant", "kgen", tensor10("Float"), tensor10("Int8"), Metadata="[ONNX Layer: q0]")
     conv = layer("conv", "CaskConvolution", tensor10("Int8"), tensor10("Int8"), Metadata="[ONNX Layer: conv]")
-    types = found(information(alone, conv), "int8", tmp_path / "model.onnx")
-    assert (types.unfused, types.multiplying) == (["__myl_Quant"], {"int8": 1})
+    head = layer("head", "gemm", tensor10("Int8"), tensor10("Float"), Metadata="[ONNX Layer: head]\x1f[ONNX Layer: q0]")
+    types = found(information(alone, conv, head), "int8", tmp_path / "model.onnx")
+    assert (types.unfused, types.multiplying) == (["__myl_Quant"], {"int8": 2})
 
 
 def test_an_engine_that_keeps_names_only_tells_nothing() -> None:
