@@ -101,9 +101,9 @@ def lowered(
 
 
 def prepared(model: onnx.ModelProto) -> onnx.ModelProto:
-    """A copy in which every node has a name, every tensor a type, and constants are initializers.
+    """A copy in which every node has a name, every tensor a type, constants are initializers, and weights no inputs.
 
-    Raises: ConversionFailed for a graph with branches, loops or functions.
+    Raises: ConversionFailed for a graph with branches, loops, functions or sparse weights.
     """
     import onnx
 
@@ -120,6 +120,11 @@ def prepared(model: onnx.ModelProto) -> onnx.ModelProto:
         tensor.name = node.output[0]
         model.graph.initializer.append(tensor)
         model.graph.node.remove(node)
+    weights = {tensor.name for tensor in model.graph.initializer}
+    for value in [value for value in model.graph.input if value.name in weights]:
+        model.graph.input.remove(value)
+    # Before version 4 every weight had to be an input as well.
+    model.ir_version = max(model.ir_version, 4)
     return onnx.shape_inference.infer_shapes(model, data_prop=True)
 
 
@@ -296,8 +301,8 @@ def checked(model: onnx.ModelProto) -> onnx.ModelProto:
     """
     import onnx
 
-    model = onnx.shape_inference.infer_shapes(model, data_prop=True)
     try:
+        model = onnx.shape_inference.infer_shapes(model, data_prop=True)
         onnx.checker.check_model(model, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as err:
         first = str(err).strip().splitlines()[0].rstrip(".")
@@ -560,7 +565,7 @@ def _bf16_bits(values: np.ndarray) -> np.ndarray:
 
 
 def _require_flat(model: onnx.ModelProto) -> None:
-    """Raises: ConversionFailed for a graph inside a graph, and for functions."""
+    """Raises: ConversionFailed for a graph inside a graph, for functions, and for sparse weights."""
     for node in model.graph.node:
         if any(attribute.HasField("g") or attribute.graphs for attribute in node.attribute):
             raise ConversionFailed(
@@ -569,6 +574,8 @@ def _require_flat(model: onnx.ModelProto) -> None:
             )
     if model.functions:
         raise ConversionFailed("the ONNX file has functions of its own, which are only built in fp32. Export it again.")
+    if model.graph.sparse_initializer:
+        raise ConversionFailed("the ONNX file has sparse weights, which are only built in fp32. Store them densely.")
 
 
 def _shapes(graph: onnx.GraphProto) -> dict[str, tuple[int, ...]]:

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from .agree import compare_outputs
 from .bundle import write_atomic
 from .calibrate import Magnitudes, Method, reaches
-from .errors import ConversionFailed, ParityFailed
+from .errors import ConversionFailed, IntegrityError, ParityFailed
 from .layers import LayerMap
 from .low_precision import (
     ELEMENT_TYPES,
@@ -241,16 +241,17 @@ class Reference:
     def __init__(self, model: Path | onnx.ModelProto) -> None:
         """A network with 16-bit tensors is emulated: onnxruntime's CPU has convolutions in neither FP16 nor BF16.
 
-        Raises: ConversionFailed with onnxruntime's own words.
+        Raises: ConversionFailed with onnxruntime's own words; IntegrityError for a file that is not whole; ValueError
+        for a network that takes something else than one input.
         """
-        import onnx
-
-        proto = onnx.load(model) if isinstance(model, Path) else model
+        proto = _loaded(model) if isinstance(model, Path) else model
         if holds_16_bits(proto):
             proto = emulated(proto)
         what = str(model) if isinstance(model, Path) else "the network"
         self._session = _session(proto.SerializeToString(), what=what)
-        (given,) = self._session.get_inputs()
+        inputs = self._session.get_inputs()
+        _require_one([each.name for each in inputs], what=what)
+        given = inputs[0]
         shape = tuple(axis if isinstance(axis, int) else -1 for axis in given.shape)
         self.input_names = [given.name]
         self.output_names = [each.name for each in self._session.get_outputs()]
@@ -294,13 +295,31 @@ def require_finite(outputs: np.ndarray, *, what: str) -> None:
 
 
 def _read(source: Path) -> tuple[onnx.ModelProto, dict[str, str]]:
-    """The network, and the torch layer of each of its nodes. Raises: IntegrityError."""
+    """The network, and the torch layer of each of its nodes. Raises: IntegrityError; ConversionFailed."""
     import onnx
 
     graph = read_graph(source)
-    model = prepared(onnx.load(source))
+    try:
+        model = prepared(_loaded(source))
+    except onnx.shape_inference.InferenceError as err:
+        raise _unreadable(source, err) from err
     layers = LayerMap(graph)
     return model, {node.name: layers.layer(node) for node in graph.nodes if node.name}
+
+
+def _loaded(path: Path) -> onnx.ModelProto:
+    """The network with all its weights. Raises: IntegrityError where weights that lie beside the file are missing."""
+    import onnx
+
+    try:
+        return onnx.load(path)
+    except onnx.checker.ValidationError as err:
+        raise _unreadable(path, err) from err
+
+
+def _unreadable(path: Path, err: Exception) -> IntegrityError:
+    first = str(err).strip().splitlines()[0].rstrip(".")
+    return IntegrityError(f"{path}: onnx cannot read it: {first}. Export it again, with all its files beside it.")
 
 
 def _require_layers(layers: Sequence[QuantLayer], without: Collection[str], precision: str, what: str) -> None:
@@ -314,6 +333,7 @@ def _require_layers(layers: Sequence[QuantLayer], without: Collection[str], prec
 
 def _require_fitting(model: onnx.ModelProto, images: np.ndarray, *, what: str) -> None:
     """Raises: ValueError unless the images are float32 batches of what the network's one input takes."""
+    _require_one([value.name for value in model.graph.input], what=what)
     given = model.graph.input[0]
     expected = [axis.dim_value or -1 for axis in given.type.tensor_type.shape.dim]
     fits = images.ndim == len(expected) and all(
@@ -324,6 +344,15 @@ def _require_fitting(model: onnx.ModelProto, images: np.ndarray, *, what: str) -
         raise ValueError(
             f"calibration images of shape {images.shape} and type {images.dtype}, but {what} takes ({wanted}) float32. "
             "Give images at the size and with the preprocessing of the network."
+        )
+
+
+def _require_one(inputs: Sequence[str], *, what: str) -> None:
+    """Raises: ValueError unless the network takes one input."""
+    if len(inputs) != 1:
+        raise ValueError(
+            f"{what}: a network with one input, its images, is expected; it takes {', '.join(inputs) or 'none'}. "
+            "Give one that does, or leave it in fp32."
         )
 
 

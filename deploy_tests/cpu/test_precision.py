@@ -4,6 +4,7 @@ import hashlib
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -386,3 +387,64 @@ def test_a_file_that_onnxruntime_cannot_open_is_named(tmp_path) -> None:
     onnx.save(helper.make_model(graph, opset_imports=[opset], ir_version=10), tmp_path / "odd.onnx")
     with pytest.raises(ConversionFailed, match=r"odd.onnx: onnxruntime .* cannot open it: .*NoSuchOperator"):
         Reference(tmp_path / "odd.onnx")
+
+
+def handmade(path: Path, inputs: list[str], *, nodes: Sequence[onnx.NodeProto] = (), ir_version: int = 10) -> Path:
+    """A convolution by `w` of the input `x`, among other inputs and nodes."""
+    values = dict.fromkeys(inputs, (1, 3, SIZE, SIZE)) | {"w": (4, 3, 1, 1), "y": (1, 4, SIZE, SIZE)}
+    told = {name: helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in values.items()}
+    weight = numpy_helper.from_array(np.random.default_rng(0).standard_normal((4, 3, 1, 1)).astype(np.float32), "w")
+    conv = helper.make_node("Conv", ["x", "w"], ["y"], name="conv")
+    graph = helper.make_graph([conv, *nodes], "g", [told[name] for name in inputs], [told["y"]], [weight])
+    opset = helper.make_opsetid("", 18)
+    onnx.save(helper.make_model(graph, opset_imports=[opset], ir_version=ir_version), path)
+    return path
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16", "int8"])
+def test_a_weight_that_an_old_file_lists_among_its_inputs_is_none(precision, tmp_path) -> None:
+    old = handmade(tmp_path / "old.onnx", ["w", "x"], ir_version=3)
+    new = handmade(tmp_path / "new.onnx", ["x"])
+    outputs = []
+    for source in (old, new):
+        Converter(source, draw(2), precision=precision).write(tmp_path / "low.onnx")
+        outputs.append(Reference(tmp_path / "low.onnx").outputs(draw(2)))
+    np.testing.assert_array_equal(*outputs)
+
+
+@pytest.mark.parametrize(("inputs", "named"), [(["x", "z"], "x, z"), ([], "none")])
+def test_a_network_that_does_not_take_one_input_is_refused_with_what_it_takes(inputs, named, tmp_path) -> None:
+    source = handmade(tmp_path / "odd.onnx", inputs)
+    with pytest.raises(ValueError, match=f"odd.onnx: a network with one input, .* it takes {named}"):
+        Converter(source, draw(1), precision="bf16")
+
+
+def test_the_reference_runs_networks_with_one_input(tmp_path) -> None:
+    with pytest.raises(ValueError, match=r"two.onnx: a network with one input, .* it takes x, z"):
+        Reference(handmade(tmp_path / "two.onnx", ["x", "z"]))
+
+
+def test_weights_that_are_missing_beside_the_file_are_named(tmp_path) -> None:
+    model = onnx.load(handmade(tmp_path / "net.onnx", ["x"]))
+    onnx.save(model, tmp_path / "net.onnx", save_as_external_data=True, location="net.data", size_threshold=0)
+    (tmp_path / "net.data").unlink()
+    for opened in (Reference, lambda path: require_quantisable(path, QuantizeSettings())):
+        with pytest.raises(IntegrityError, match=r"net.onnx: onnx cannot read it: .*net.data.* Export it again"):
+            opened(tmp_path / "net.onnx")
+
+
+def test_a_node_that_onnx_does_not_allow_is_one_sentence(tmp_path) -> None:
+    source = handmade(tmp_path / "dead.onnx", ["x"], nodes=[helper.make_node("Relu", ["x"], [], name="dead")])
+    with pytest.raises(IntegrityError, match=r"dead.onnx: onnx cannot read it: .*node name: dead"):
+        Converter(source, draw(1), precision="fp16")
+
+
+def test_sparse_weights_are_refused(tmp_path) -> None:
+    model = onnx.load(handmade(tmp_path / "sparse.onnx", ["x"]))
+    values = helper.make_tensor("w", TensorProto.FLOAT, [1], [1.0])
+    places = helper.make_tensor("places", TensorProto.INT64, [1], [0])
+    del model.graph.initializer[:]
+    model.graph.sparse_initializer.append(helper.make_sparse_tensor(values, places, [4, 3, 1, 1]))
+    onnx.save(model, tmp_path / "sparse.onnx")
+    with pytest.raises(ConversionFailed, match="the ONNX file has sparse weights, which are only built in fp32"):
+        Converter(tmp_path / "sparse.onnx", draw(1), precision="bf16")
