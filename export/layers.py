@@ -113,7 +113,7 @@ class LayerMap:
 
     def _weight(self, node: OnnxNode) -> str:
         """The name of the weight that a multiplying node reads, seen through nodes that only convert it; else ''."""
-        name = node.inputs[1] if node.operator in MULTIPLYING else ""
+        name = node.inputs[1] if node.operator in MULTIPLYING and len(node.inputs) > 1 else ""
         while name in self._maker and self._maker[name].operator in CONVERTING:
             name = self._maker[name].inputs[0]
         return name if name in self._graph.weights else ""
@@ -125,6 +125,9 @@ class LayerMap:
         return works[0]._replace(macs=sums[0], activations=sums[1])
 
     def _multiplying(self, node: OnnxNode) -> LayerWork:
+        if len(node.inputs) < 2 or not node.outputs:
+            what = f"a {node.operator} that multiplies nothing ('{self.layer(node)}')"
+            raise IntegrityError(f"the ONNX file has {what}. Export it again.")
         source, factor, result = (self._shape(name) for name in (*node.inputs[:2], node.outputs[0]))
         convolves = node.operator in ("Conv", "ConvTranspose")
         axis = 1 if convolves else -1

@@ -163,6 +163,15 @@ def test_tensorrts_names_of_layers_hold_the_nodes_that_they_stand_for(name: str,
     assert LayerMap(RESIDUAL).layers(executed((name, "layer"))) == [layers]
 
 
+@pytest.mark.parametrize(("inputs", "outputs"), [(("input",), ("output",)), (("input", "w"), ())])
+def test_a_multiplication_that_lacks_a_factor_or_a_result_is_one_sentence(
+    inputs: tuple[str, ...], outputs: tuple[str, ...]
+) -> None:
+    broken = LayerMap(OnnxGraph([OnnxNode("node_Conv", "Conv", inputs, outputs, ())]))
+    with pytest.raises(IntegrityError, match=r"has a Conv that multiplies nothing \('node_Conv'\)\. Export it again"):
+        _ = broken.work
+
+
 def test_an_output_that_is_left_out_is_found_in_no_name() -> None:
     dropped = OnnxNode("node_drop", "Dropout", ("input",), ("kept", ""), ())
     assert LayerMap(OnnxGraph([dropped])).layers(executed(("a + b", "kgen"))) == [()]
