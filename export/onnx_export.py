@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from .bundle import write_atomic
 from .errors import ExportFailed
+from .onnx_optimize import optimize
 
 if TYPE_CHECKING:
     import onnx
@@ -85,9 +86,8 @@ def _export(model: nn.Module, example: Tensor, *, dynamic_batch: bool) -> onnx.M
                 dynamo=True,
                 opset_version=OPSET,
                 external_data=False,
-                input_names=[INPUT],
-                output_names=[OUTPUT],
                 dynamic_shapes=shapes,
+                optimize=False,
                 verbose=False,
             )
     except torch.onnx.OnnxExporterError as err:
@@ -96,6 +96,9 @@ def _export(model: nn.Module, example: Tensor, *, dynamic_batch: bool) -> onnx.M
             "Replace the layer or the Python code it comes from."
         ) from err
     assert program is not None, "the dynamo exporter returns a program"
+    optimize(program.model)
+    # Named last: a network that gives back its input has one tensor for both until then.
+    program.model.graph.inputs[0].name, program.model.graph.outputs[0].name = INPUT, OUTPUT
     proto = program.model_proto
     _require_batch(proto, example, dynamic_batch=dynamic_batch)
     return proto

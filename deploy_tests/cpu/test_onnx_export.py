@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -79,6 +80,31 @@ class Untranslatable(nn.Module):
         return torch.linalg.svdvals(image).mean((1, 2))[:, None]
 
 
+class Calculating(nn.Module):
+    """A net that ends in a formula of its author."""
+
+    def __init__(self, formula: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.formula = formula
+        self.register_buffer("eps", torch.tensor(1e-5))
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.formula(image).flatten(1) + self.eps**2
+
+
+class Activating(nn.Module):
+    """A net with a batch norm, an addition of 0 and multiplications by 1: those of its author, and of torch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3)
+        self.norm = nn.BatchNorm2d(8)
+
+    def forward(self, image: Tensor) -> Tensor:
+        maps = nn.functional.elu(self.norm(self.stem(image)))
+        return 1.0 * (nn.functional.softplus(maps) + 0.0).mean((2, 3)) / 1.0
+
+
 class TwoHeads(nn.Module):
     """A net that returns a tuple, like one with auxiliary heads in training."""
 
@@ -131,6 +157,47 @@ def test_resnet18_computes_the_same(tmp_path: Path, *, dynamic_batch: bool) -> N
     export_onnx(net, images(1, 32), tmp_path / "model.onnx", dynamic_batch=dynamic_batch)
     for batch in (1, 3) if dynamic_batch else (1,):
         assert largest_difference(net, tmp_path / "model.onnx", images(batch, 32)) < TOLERANCE
+
+
+@pytest.mark.parametrize("dynamic_batch", [False, True])
+def test_a_tiny_addend_still_keeps_a_division_from_nan(tmp_path: Path, *, dynamic_batch: bool) -> None:
+    net = Calculating(lambda image: image / (image.sum((1, 2, 3), keepdim=True) + 1e-8))
+    export_onnx(net, images(1, 4), tmp_path / "model.onnx", dynamic_batch=dynamic_batch)
+    black = torch.zeros(1, 3, 4, 4)
+    assert largest_difference(net, tmp_path / "model.onnx", black) == 0
+
+
+@pytest.mark.parametrize(
+    ("formula", "number"),
+    [
+        (lambda image: image + 1e-8, 1e-8),
+        (lambda image: image - 1e-9, 1e-9),
+        (lambda image: 1.000005 * image, 1.000005),
+        (lambda image: image / 0.999995, 0.999995),
+        (lambda image: image, 1e-10),  # the square of a buffer, which becomes one number in the file
+    ],
+)
+def test_a_number_next_to_one_that_changes_nothing_is_kept(tmp_path: Path, formula, number: float) -> None:
+    export_onnx(Calculating(formula), images(1, 4), tmp_path / "model.onnx")
+    constants = [onnx.numpy_helper.to_array(each) for each in onnx.load(tmp_path / "model.onnx").graph.initializer]
+    assert any(each.shape == () and each == pytest.approx(number, rel=1e-6) for each in constants)
+
+
+@pytest.mark.parametrize("dynamic_batch", [False, True])
+def test_the_graph_is_as_small_as_the_one_that_torch_optimizes_itself(tmp_path: Path, *, dynamic_batch: bool) -> None:
+    net, shapes = Activating().eval(), ({0: torch.export.Dim("batch")},) if dynamic_batch else None
+    torch.onnx.export(net, (images(2, 8),), tmp_path / "own.onnx", dynamo=True, dynamic_shapes=shapes, verbose=False)
+    export_onnx(net, images(2, 8), tmp_path / "model.onnx", dynamic_batch=dynamic_batch)
+    files = (onnx.load(tmp_path / name) for name in ("own.onnx", "model.onnx"))
+    own, ours = ([node.op_type for node in file.graph.node] for file in files)
+    assert ours == own
+    assert not {"BatchNormalization", "Mul", "Add", "Div"} & {*ours}
+
+
+def test_a_network_that_changes_nothing_has_an_input_and_an_output_of_their_names(tmp_path: Path) -> None:
+    export_onnx(nn.Identity(), images(1, 4), tmp_path / "model.onnx")
+    graph = onnx.load(tmp_path / "model.onnx").graph
+    assert ([each.name for each in graph.input], [each.name for each in graph.output]) == (["input"], ["output"])
 
 
 def test_a_free_batch_accepts_any_number_of_images(net: Net, tmp_path: Path) -> None:
