@@ -44,14 +44,15 @@ class Magnitudes:
 
     def __init__(self) -> None:
         self.largest = 0.0
+        self.finite = True
+        """Whether all values were; those that were not are neither counted nor the largest."""
         self.lowest = 0
         """The exponent of two at which the first octave begins."""
         self.counts_OS = np.zeros((0, STEPS), np.int64)
 
     def add(self, values: np.ndarray) -> None:
-        """Count more values. Raises: ValueError for one that is not finite."""
-        found = np.abs(values, dtype=np.float32).ravel()
-        self.add_largest(found)
+        """Count more values."""
+        found = self._heeded(np.abs(values, dtype=np.float32).ravel())
         places = found.view(np.int32) >> FINER_BITS
         octaves = int(places.max(initial=0)) // STEPS + 1
         steps = np.bincount(places, minlength=octaves * STEPS).reshape(octaves, STEPS)
@@ -63,11 +64,16 @@ class Magnitudes:
             self.counts_OS[own] += steps[first : last + 1]
 
     def add_largest(self, values: np.ndarray) -> None:
-        """Heed the largest of more values, and count none. Raises: ValueError for one that is not finite."""
-        largest = float(np.abs(values).max(initial=0.0))
-        if not np.isfinite(largest):
-            raise ValueError("values that are not finite cannot be counted. Look for the layer that overflows in FP32.")
-        self.largest = max(self.largest, largest)
+        """Heed the largest of more values, and count none."""
+        self._heeded(np.abs(values))
+
+    def _heeded(self, found: np.ndarray) -> np.ndarray:
+        """The finite ones of the magnitudes, after heeding their largest."""
+        if not np.isfinite(found.max(initial=0.0)):
+            self.finite = False
+            found = found[np.isfinite(found)]
+        self.largest = max(self.largest, float(found.max(initial=0.0)))
+        return found
 
     @property
     def ceiling(self) -> int:

@@ -482,10 +482,11 @@ def _factors(node: onnx.NodeProto) -> list[str]:
 
 
 def _unfit(tensor: onnx.TensorProto) -> str | None:
-    """Why FP16 cannot hold a weight; None when it can."""
+    """Why FP16 cannot hold a weight; None when it can. FP16 has infinity, of which masks are made, and NaN."""
     import onnx
 
     values = onnx.numpy_helper.to_array(tensor).astype(np.float64).ravel()
+    values = values[np.isfinite(values)]
     if not values.size:
         return None
     largest = float(np.abs(values).max())

@@ -36,7 +36,7 @@ from .low_precision import (
     raised,
 )
 from .onnx_graph import read_graph
-from .quantize import FLOAT8_OPSET, QuantLayer, excluded, quantizable, quantized, tensors_read
+from .quantize import FLOAT8_OPSET, QuantLayer, excluded, infinite, quantizable, quantized, tensors_read
 from .sensitivity import Sensitivity, ranked
 from .target import PRECISIONS
 
@@ -139,8 +139,8 @@ class Converter:
         """`images` (N, C, H, W) float32 as the network reads them, `what` is the name that reasons give them.
 
         Raises: ValueError for a precision that is no conversion, for images that do not fit, or for an excluded layer
-        that there is not; IntegrityError for a source that is no ONNX file; ConversionFailed for a network that is not
-        finite in FP32.
+        that there is not; IntegrityError for a source that is no ONNX file; ConversionFailed for a network whose
+        outputs are not finite in FP32, or that reads what is not in every layer that 8 bits were asked for.
         """
         if precision not in PRECISIONS or precision == "fp32":
             known = ", ".join(name for name in PRECISIONS if name != "fp32")
@@ -157,6 +157,10 @@ class Converter:
             _require_layers(self.layers, self.excluded, precision, source.name)
         read = tensors_read(self.model, self.layers)
         seen = _observed(self.model, images, counted=read, progress=progress) if precision != "bf16" else {}
+        if precision in QUANTISED:
+            finite = {name for name in read if seen[name].finite}
+            self.excluded = infinite(self.model, self.layers, finite) | self.excluded
+            _require_finite_layers(self.layers, self.excluded, precision, source.name)
         self._largest = {name: found.largest for name, found in seen.items()}
         asked = {"method": self.settings.calibration, "percentile": self.settings.percentile}
         self._reaches = reaches({name: seen[name] for name in read}, **asked)
@@ -331,6 +335,13 @@ def _require_layers(layers: Sequence[QuantLayer], without: Collection[str], prec
         )
 
 
+def _require_finite_layers(layers: Sequence[QuantLayer], without: Mapping[str, str], precision: str, what: str) -> None:
+    """Raises: ConversionFailed where no layer is left to quantise once those are left out that read infinity."""
+    if len(layers) == len(without):
+        reasons = "; ".join(f"{each.name}: {without[each.node]}" for each in layers)
+        raise ConversionFailed(f"{what}: no layer is left to quantise ({reasons}). Leave {precision} out.")
+
+
 def _require_fitting(model: onnx.ModelProto, images: np.ndarray, *, what: str) -> None:
     """Raises: ValueError unless the images are float32 batches of what the network's one input takes."""
     _require_one([value.name for value in model.graph.input], what=what)
@@ -361,7 +372,7 @@ def _observed(
 ) -> dict[str, Magnitudes]:
     """The magnitudes of every float tensor on all images: counted for those named, the largest alone for the others.
 
-    Raises: ConversionFailed where a tensor is not finite.
+    Raises: ConversionFailed where an output is not finite. What is not may be right elsewhere: a mask is, in a softmax.
     """
     session = Reference(_showing_all(model))
     seen = {name: Magnitudes() for name in (*session.input_names, *session.output_names)}
@@ -369,18 +380,27 @@ def _observed(
     done = 0
     for batch, size in _batches(images, fixed):
         feeds = {session.input_names[0]: batch}
-        for name, values in {**feeds, **session.run(feeds)}.items():
-            try:
-                seen[name].add(values) if name in counted else seen[name].add_largest(values)
-            except ValueError as err:
-                raise ConversionFailed(
-                    f"tensor '{name}' is not finite in FP32 already, on image {done} of {len(images)}. Look for the "
-                    "layer that overflows: no lower precision can hold it."
-                ) from err
+        values_of = {**feeds, **session.run(feeds)}
+        for name, values in values_of.items():
+            seen[name].add(values) if name in counted else seen[name].add_largest(values)
+        for output in model.graph.output:
+            if not seen[output.name].finite:
+                row = int(np.argwhere(~np.isfinite(values_of[output.name]))[0][0])
+                raise ConversionFailed(_overflow(model, seen, output.name, f"image {done + row + 1} of {len(images)}"))
         done += size
         if progress is not None:
             progress(done / len(images), f"{done} of {len(images)} calibration images")
     return seen
+
+
+def _overflow(model: onnx.ModelProto, seen: Mapping[str, Magnitudes], output: str, image: str) -> str:
+    """That an output is not finite, and where that may have begun."""
+    names = (model.graph.input[0].name, *(name for node in model.graph.node for name in node.output))
+    first = next(name for name in (*names, output) if name in seen and not seen[name].finite)
+    return (
+        f"output '{output}' is not finite in FP32 already, on {image}. The first tensor that is not is '{first}': look "
+        "for what overflows from there on, no lower precision can hold it."
+    )
 
 
 def _showing_all(model: onnx.ModelProto) -> onnx.ModelProto:

@@ -89,6 +89,20 @@ def tensors_read(model: onnx.ModelProto, layers: Sequence[QuantLayer]) -> set[st
     return {name for node in model.graph.node if node.name in chosen for name in node.input if name} - constants
 
 
+def infinite(model: onnx.ModelProto, layers: Sequence[QuantLayer], finite: Collection[str]) -> dict[str, str]:
+    """The nodes of `layers` that read what is not finite, with the reason: 8 bits would make finite numbers of it.
+
+    `finite`: which of the tensors that `tensors_read` names held nothing else.
+    """
+    import onnx
+
+    weights = (tensor for tensor in model.graph.initializer if tensor.data_type == FLOAT)
+    held = {"", *finite, *(each.name for each in weights if np.isfinite(onnx.numpy_helper.to_array(each)).all())}
+    chosen = {layer.node for layer in layers}
+    reading = (node for node in model.graph.node if node.name in chosen and not held.issuperset(node.input))
+    return {node.name: "it reads numbers that are not finite, and 8 bits hold none of those" for node in reading}
+
+
 def excluded(layers: Sequence[QuantLayer], patterns: Sequence[str], *, first_last: bool) -> dict[str, str]:
     """Nodes that are not to be quantised, by name, with the reason: those of `patterns`, and the two ends.
 

@@ -70,10 +70,14 @@ def test_what_float32_holds_with_few_bits_counts_as_zero() -> None:
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_what_is_not_finite_is_refused(bad: float) -> None:
-    for add in (Magnitudes().add, Magnitudes().add_largest):
-        with pytest.raises(ValueError, match="not finite"):
-            add(np.float32([1.0, bad]))
+def test_what_is_not_finite_is_noted_and_not_counted(bad: float) -> None:
+    for add in ("add", "add_largest"):
+        found = Magnitudes()
+        getattr(found, add)(np.float32([1.0, -3.0]))
+        assert found.finite
+        getattr(found, add)(np.float32([2.0, bad]))
+        assert (found.finite, found.largest) == (False, 3.0)
+        assert found.counts_OS.sum() == (3 if add == "add" else 0)
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -340,6 +340,17 @@ def test_a_bound_beyond_fp16_is_a_bound_all_the_same() -> None:
     np.testing.assert_array_equal(run(low, np.float32([[-1, 0, 2, 4]])), [[0, 0, 2, 4]])
 
 
+@pytest.mark.parametrize("bad", [np.inf, -np.inf, np.nan])
+def test_what_is_not_finite_is_no_reason_to_keep_a_node_in_fp32(bad) -> None:
+    nodes = [helper.make_node("Add", ["x", "mask"], ["y"], name="add")]
+    model = prepared(network(nodes, [("mask", np.float32([0.0, 1.0, bad, 0.0]))]))
+    assert overflowing(model, {"x": 1.0, "y": 2.0}, images=1) == {}
+    low, kept = lowered(model, "fp16")
+    x = draw(1, 4).astype(np.float16).astype(np.float32)
+    assert kept == {}
+    assert run(emulated(low), x) == pytest.approx(run(model, x), rel=2**-10, nan_ok=True)
+
+
 def test_a_pair_whose_tensor_overflows_stays_in_fp32_with_it() -> None:
     pair = quantised_relu(scale=1000.0)
     found = overflowing(pair, {"x": 127_000.0, "h": 127_000.0}, images=1)

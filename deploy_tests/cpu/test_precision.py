@@ -53,6 +53,20 @@ class Net(nn.Module):
         return self.head(maps.mean((2, 3)))
 
 
+class Masked(nn.Module):
+    """A classifier that pools over the places whose score is at least half of the largest: the others are masked."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 12, 3, padding=1)
+        self.head = nn.Linear(12, 10)
+
+    def forward(self, image: Tensor) -> Tensor:
+        scores = self.stem(image).relu().flatten(2)
+        mask = torch.where(scores < scores.amax(2, keepdim=True) / 2, -torch.inf, 0.0)
+        return self.head(((scores + mask).softmax(2) * scores).sum(2))
+
+
 def network(path: Path, *, gain: float = 1.0, dynamic_batch: bool = False) -> Path:
     torch.manual_seed(0)
     net = Net(gain)
@@ -246,8 +260,52 @@ def test_8_bit_weights_whose_steps_fp16_cannot_hold_keep_their_layer_and_its_pai
 
 def test_a_network_that_is_not_finite_in_fp32_cannot_be_converted(tmp_path) -> None:
     path = network(tmp_path / "net.onnx", gain=3e38)
-    with pytest.raises(ConversionFailed, match=r"not finite in FP32 already, on image \d of 4"):
+    with pytest.raises(ConversionFailed, match=r"output 'output' is not finite in FP32 already, on image 1 of 4\."):
         Converter(path, draw(4), precision="fp16")
+
+
+@pytest.mark.parametrize("dynamic_batch", [False, True])
+def test_the_image_that_overflows_is_named_and_the_tensor_where_it_begins(tmp_path, dynamic_batch) -> None:
+    path = network(tmp_path / "net.onnx", dynamic_batch=dynamic_batch)
+    images = draw(12)
+    images[9] *= 1e38  # infinite once the stem's weights are summed up
+    (stem, *_) = onnx.load(path).graph.node
+    sentence = rf"output 'output'.* on image 10 of 12\. The first tensor that is not is '{stem.output[0]}'"
+    for precision in ("fp16", "int8"):
+        with pytest.raises(ConversionFailed, match=sentence):
+            Converter(path, images, precision=precision)
+
+
+@pytest.fixture(scope="module")
+def masked(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("masked") / "net.onnx"
+    export_onnx(Masked(), torch.zeros(1, 3, SIZE, SIZE), path)
+    return path
+
+
+@pytest.mark.parametrize(("precision", "rest"), KINDS)
+def test_a_network_that_masks_by_infinity_is_as_good_as_any_other(masked, tmp_path, precision, rest) -> None:
+    Converter(masked, draw(12), precision=precision, rest=rest).write(tmp_path / "low.onnx")
+    unseen = draw(20, seed=1)
+    exact, low = Reference(masked).outputs(unseen), Reference(tmp_path / "low.onnx").outputs(unseen)
+    require_agreement(compare_outputs(exact, low), what="the file", precision=precision)
+
+
+@pytest.mark.parametrize("rest", ["fp32", "fp16"])
+def test_a_sum_that_reads_infinity_is_left_out_of_8_bits_and_the_record_says_why(masked, tmp_path, rest) -> None:
+    done = Converter(masked, draw(12), precision="int8", rest=rest).write(tmp_path / "low.onnx")
+    assert [(each.operator, each.reason) for each in done.left_out] == [
+        ("Add", "it reads numbers that are not finite, and 8 bits hold none of those")
+    ]
+    assert done.quantised == 2
+    assert not any("inf" in each.reason for each in done.kept)
+
+
+def test_where_every_layer_reads_infinity_nothing_is_quantised(masked) -> None:
+    settings = QuantizeSettings(exclude=("stem", "head"))
+    with pytest.raises(ConversionFailed, match=r"no layer is left.*stem: quantize.exclude.*add: it reads.*Leave int8"):
+        Converter(masked, draw(4), precision="int8", settings=settings)
 
 
 def test_a_free_batch_stays_free(tmp_path) -> None:
