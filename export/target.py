@@ -9,7 +9,7 @@ import platform
 import re
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
@@ -55,8 +55,8 @@ class BuildOptions(BaseModel):
 
     shapes: one optimization profile an entry, in trtexec's syntax: `input:1x3x224x224`, or smallest, expected and
     largest shape as `input:1x3x32x32/8x3x32x32/32x3x32x32`; several inputs are parted by commas. `builds`: how often a
-    target that times its kernels builds, to keep the best that agrees. `optimization_level`: of standard TensorRT;
-    TensorRT-RTX 1.7.1 builds the same bytes at every level. Unit: `workspace_mib` is MiB.
+    target that times its kernels builds, to keep the best that agrees. Which of them a target takes, it tells itself.
+    Unit: `workspace_mib` is MiB.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -263,9 +263,18 @@ class Target(ABC):
         """Whether laps run on a GPU, whose clocks are worth watching then."""
         return self.spec.name != "ort-cpu"
 
-    def chosen(self) -> dict[str, Any]:
-        """The options that are not the default ones and have an effect here, as JSON has them."""
-        return {name: value for name, value in self.options.chosen().items() if name in self.takes}
+    def ignored(self, options: BuildOptions) -> list[str]:
+        """Which of `options`, of those that are not the default ones, have no effect on this target."""
+        return [name for name in options.chosen() if name not in self.takes]
+
+    def taken(self, options: BuildOptions) -> BuildOptions:
+        """`options` without those that have no effect on this target."""
+        return options.model_copy(update={name: getattr(BuildOptions(), name) for name in self.ignored(options)})
+
+    def why_ignored(self, option: str) -> str:
+        """That a build option has no effect on this target and what to do instead, in one sentence or a few."""
+        takes = f"It takes: {', '.join(self.takes)}." if self.takes else "It takes none."
+        return f"build.{option} has no effect on target '{self.spec}'. {takes} Leave it out."
 
     @abstractmethod
     def unusable(self) -> str | None:
@@ -299,7 +308,7 @@ class Target(ABC):
                 sha256=sha256_file(unfinished),
                 bytes=unfinished.stat().st_size,
                 built_for=build.built_for,
-                flags=build.flags | ({"options": chosen} if (chosen := self.chosen()) else {}),
+                flags=build.flags | ({"options": chosen} if (chosen := self.taken(self.options).chosen()) else {}),
                 versions={"chip_deploy": __version__, **build.versions},
                 build_seconds=round(time.perf_counter() - started, 3),
                 layer_types=build.layer_types or self._layer_types(onnx_path, unfinished, build, precision),
@@ -449,6 +458,25 @@ def require_usable(target: Target) -> None:
     reason = target.unusable()
     if reason:
         raise TargetUnavailable(f"target '{target.spec}' cannot be used here: {reason}")
+
+
+def require_effect(targets: Sequence[Target], options: BuildOptions) -> None:
+    """Raises: ValueError naming the first build option, of those that are not the default, that no target takes."""
+    taken = {name for target in targets for name in target.takes}
+    option = next((name for name in options.chosen() if name not in taken), None)
+    if option is None:
+        return
+    if len(targets) == 1:
+        raise ValueError(targets[0].why_ignored(option))
+    specs = ", ".join(f"'{target.spec}'" for target in targets)
+    takes = f"They take: {', '.join(sorted(taken))}." if taken else "They take none."
+    raise ValueError(f"build.{option} has no effect on targets {specs}. {takes} Leave it out.")
+
+
+def left_out_options(target: Target, options: BuildOptions) -> list[str]:
+    """The sentence that tells which of `options` are left out for a target, as a list; empty where all are taken."""
+    ignored = [f"build.{name}" for name in target.ignored(options)]
+    return [f"without effect on target '{target.spec}', and left out there: {', '.join(ignored)}"] if ignored else []
 
 
 def engine_path(bundle: Path, spec: TargetSpec, precision: str) -> Path:

@@ -34,6 +34,7 @@ from .target import (
     TargetSpec,
     built_with,
     read_sidecar,
+    require_effect,
 )
 from .trt_build import Plan, build_plan
 from .trt_caches import CacheFile, runtime_cache_file, timing_cache_file
@@ -54,9 +55,25 @@ DEMOTED = (
 )
 # The first compute capability with arithmetic of that type; TensorRT-RTX refuses to build for an earlier one.
 FIRST_WITH = {"bf16": 80, "fp8": 89}
-# Build options that only one of the two has.
-ONLY_STANDARD = ("hardware_compatibility", "timing_cache", "builds")
+# Build options that only one of the two has. TensorRT-RTX's API has more of them than have an effect, or work: that
+# version_compatible fails for want of a library that no TensorRT-RTX comes with, and that the optimization level
+# changes nothing, was seen with 1.7.1; tests fail when either no longer holds.
+ONLY_STANDARD = ("hardware_compatibility", "timing_cache", "builds", "version_compatible", "optimization_level")
 ONLY_RTX = ("runtime_cache",)
+# Why, and what to do instead, for those that a user of TensorRT-RTX may well have a reason to ask for.
+INSTEAD = {
+    "hardware_compatibility": "is standard TensorRT's. Name the GPUs instead: --target trt-rtx:sm86,sm89.",
+    "builds": (
+        "has no effect: TensorRT-RTX times no kernels, so two builds differ in the names of internal tensors at most, "
+        "and there is nothing to choose from. Leave it at 1."
+    ),
+    "version_compatible": (
+        "is standard TensorRT's: TensorRT-RTX comes without the lean runtime that it takes. Leave it out, and run "
+        "`chip-deploy build` again where TensorRT-RTX is another version."
+    ),
+}
+# With these TensorRT-RTX 1.7.1 calls CUDA while it builds, and fails without a GPU; a test fails when it does not.
+BUILT_ON_A_GPU = ("refit", "strip")
 
 
 class TensorRTTarget(Target):
@@ -67,25 +84,14 @@ class TensorRTTarget(Target):
         super().__init__(spec, options=options)
         for text in self.options.shapes:
             parse_shapes(text)
-        if not self._ahead_of_time:
-            return
-        if self.options.hardware_compatibility != "none":
-            raise ValueError(
-                f"target '{spec}': build.hardware_compatibility is standard TensorRT's. "
-                "Name the GPUs instead: --target trt-rtx:sm86,sm89."
-            )
-        if self.options.builds > 1:
-            raise ValueError(
-                f"target '{spec}': TensorRT-RTX builds the same bytes every time, so there is nothing to choose from. "
-                "Leave build.builds at 1."
-            )
+        require_effect([self], self.options)
 
     def unusable(self) -> str | None:
         """Why nothing can be built here; None when it can. Looks for files and a driver, and builds nothing."""
         if self._ahead_of_time:
             if not _installed(self._package):
                 return "tensorrt-rtx is not installed. Install chip-deploy[trt-rtx] (x86-64, Linux or Windows)."
-            return None
+            return self._needs_a_gpu()
         missing = [] if _installed(self._package) else ["no tensorrt package"]
         gpu = find_gpu()
         if isinstance(gpu, str):
@@ -116,6 +122,12 @@ class TensorRTTarget(Target):
         other = ONLY_STANDARD if self._ahead_of_time else ONLY_RTX
         return tuple(name for name in BuildOptions.model_fields if name not in other)
 
+    def why_ignored(self, option: str) -> str:
+        """The same, with what TensorRT-RTX has instead."""
+        if self._ahead_of_time and option in INSTEAD:
+            return f"target '{self.spec}': build.{option} {INSTEAD[option]}"
+        return super().why_ignored(option)
+
     def engine_layer_types(self, engine_path: Path, onnx_path: Path) -> LayerTypes | None:
         """By TensorRT's inspector, of an engine that was built where no GPU could open it."""
         engine = read_sidecar(engine_path)
@@ -141,6 +153,17 @@ class TensorRTTarget(Target):
         return (
             f"its engines are for SM {known}, and this GPU has SM {_dotted(gpu.sm)} ({gpu.name}). "
             f"Use --target {self._target_for(gpu)}."
+        )
+
+    def _needs_a_gpu(self) -> str | None:
+        """Why TensorRT-RTX cannot build with these options where there is no GPU; None when it can."""
+        gpu = find_gpu()
+        option = next((name for name in BUILT_ON_A_GPU if getattr(self.options, name)), None)
+        if option is None or not isinstance(gpu, str):
+            return None
+        return (
+            f"TensorRT-RTX needs a GPU to build with build.{option}, and there is none ({gpu}). "
+            f"Give --set build.{option}=false, or run `chip-deploy build` on the device."
         )
 
     def _build(self, onnx_path: Path, engine_path: Path) -> Build:
@@ -225,7 +248,10 @@ class TensorRTTarget(Target):
 
     @property
     def builds_differ(self) -> bool:
-        """Standard TensorRT times its kernels while it builds; TensorRT-RTX builds the same bytes every time."""
+        """Standard TensorRT times its kernels while it builds; TensorRT-RTX times none.
+
+        Where the batch is free, two of its builds may name internal tensors otherwise; else they are the same bytes.
+        """
         return not self._ahead_of_time
 
     @property

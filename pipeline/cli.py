@@ -237,7 +237,7 @@ def build(
         from .device import build_options, rebuild
 
         asked = _build_settings({"shapes": shapes or None, "builds": builds}, settings)
-        options = build_options(bundle, target, asked) if asked else None
+        options = build_options(bundle, target, asked, note=display.note) if asked else None
         engines = rebuild(bundle, target, precision=precision, options=options, note=display.note)
         for warning in dict.fromkeys(each for engine in engines for each in engine.flags.get("warnings", [])):
             display.note(warning)

@@ -45,8 +45,10 @@ from ..export.target import (
     TargetSpec,
     built_with,
     engine_path,
+    left_out_options,
     parse_target,
     read_engine,
+    require_effect,
     require_precision,
     require_usable,
     sidecar_path,
@@ -90,7 +92,8 @@ def rebuild(
         held = [precision] if precision is not None else _held(bundle)
         manifest = verify_bundle(bundle, but=_files_of(spec, held))  # these are made anew
         report = read_report(bundle)
-        made = make_target(spec, threads=_threads(report), options=options or _build_options(report))
+        options = options or _planned_options(report, spec, note)
+        made = make_target(spec, threads=_threads(report), options=options)
         require_usable(made)
         names = _precisions(bundle, report, made, precision, note)
         if names != held:
@@ -292,8 +295,9 @@ def _those_that_run(
     runs, refused = {}, {}
     for row in wanted:
         engine = read_engine(bundle / row.file)
+        bare = make_target(parse_target(row.target))
         # The dense control is built when it is measured, and has to be built as the engine was.
-        made = make_target(parse_target(row.target), threads=_threads(report), options=built_with(engine))
+        made = make_target(bare.spec, threads=_threads(report), options=bare.taken(built_with(engine)))
         reason = made.cannot_run(engine)
         if reason is None:
             runs[row.file] = made
@@ -561,15 +565,20 @@ def _refuses_rest(report: Report, target: Target, precision: str) -> str:
     )
 
 
-def build_options(bundle: Path, target: str, asked: Mapping[str, Any]) -> BuildOptions:
+def build_options(
+    bundle: Path, target: str, asked: Mapping[str, Any], *, note: Callable[[str], None] | None = None
+) -> BuildOptions:
     """How the bundle's recipe wants engines built, with what is `asked` for on top.
 
+    What is asked for has to have an effect on the target. What the recipe says may be for other targets than this one:
+    it is left out where it has none, and `note` is told.
     Raises: IntegrityError when the bundle is not as its manifest says; ValueError naming an option that there is not,
     one whose value cannot be, or one that has no effect on the target.
     """
+    spec = parse_target(target)
     with _alone_in_whole(bundle):
-        verify_bundle(bundle, but=_files_of(parse_target(target), PRECISIONS))  # `rebuild` looks at those it leaves
-        planned = _build_options(read_report(bundle))
+        verify_bundle(bundle, but=_files_of(spec, PRECISIONS))  # `rebuild` looks at those it leaves
+        report = read_report(bundle)
     known = list(BuildOptions.model_fields)
     unknown = next((key for key in asked if key not in known), None)
     if unknown is not None:
@@ -577,25 +586,25 @@ def build_options(bundle: Path, target: str, asked: Mapping[str, Any]) -> BuildO
         mean = f" Did you mean 'build.{near[0]}'?" if near else ""
         raise ValueError(f"unknown key 'build.{unknown}'.{mean} Available: {', '.join(known)}.")
     try:
-        options, wanted = (BuildOptions.model_validate(each) for each in ({**planned.model_dump(), **asked}, asked))
+        wanted = BuildOptions.model_validate(asked)
     except ValidationError as err:
         first = err.errors()[0]
         raise ValueError(f"build.{first['loc'][0]}: {first['msg']}. Give another value.") from err
-    _require_effect(make_target(parse_target(target), options=options), wanted)
-    return options
+    require_effect([make_target(spec)], wanted)
+    return _planned_options(report, spec, note, on_top=wanted.model_dump(include=set(asked)))
 
 
-def _require_effect(target: Target, wanted: BuildOptions) -> None:
-    """Raises: ValueError naming the first option, of those that are not the default, that `target` would ignore."""
-    ignored = next((name for name in wanted.chosen() if name not in target.takes), None)
-    if ignored is not None:
-        takes = f"It takes: {', '.join(target.takes)}." if target.takes else "It takes none."
-        raise ValueError(f"build.{ignored} has no effect on target '{target.spec}'. {takes} Leave it out.")
-
-
-def _build_options(report: Report) -> BuildOptions:
-    """How the recipe wants engines built; a bundle of an older version says nothing about it."""
-    return BuildOptions.model_validate(report.recipe.get("build", {}))
+def _planned_options(
+    report: Report, spec: TargetSpec, note: Callable[[str], None] | None, *, on_top: Mapping[str, Any] | None = None
+) -> BuildOptions:
+    """How the recipe wants engines built, with what is `on_top` instead, as far as it has an effect on the target;
+    `note` is told what has none. A bundle of an older version says nothing about it."""
+    options = BuildOptions.model_validate(report.recipe.get("build", {}) | dict(on_top or {}))
+    target = make_target(spec)
+    for sentence in left_out_options(target, options):
+        if note is not None:
+            note(sentence)
+    return target.taken(options)
 
 
 def _threads(report: Report) -> int:

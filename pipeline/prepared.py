@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import product
+from itertools import chain, product
 from pathlib import Path
 
 import torch
@@ -18,7 +18,7 @@ from ..chip.groups import ChannelGraph, ChannelGroup
 from ..chip.plan import PrunePlan, make_plan, weights_digest
 from ..chip.scores import ChannelScores
 from ..chip.surgery import apply_plan, prove
-from ..export.target import BuildOptions, Target, parse_target, require_usable
+from ..export.target import Target, left_out_options, parse_target, require_effect, require_usable
 from ..export.targets import make_target
 from .data import DataSet, Images, default_size, normalise, open_data
 from .display import Display
@@ -29,7 +29,6 @@ from .recipe import Recipe
 from .recipe_values import BY_SCORES, budget_of, criteria_of, most_images, rules_of, score_device
 from .refusals import (
     require_data_for_8_bits,
-    require_effect,
     require_free_batch,
     require_labels,
     require_left_out,
@@ -78,16 +77,8 @@ class Prepared:
         asked = product(self.targets, self.recipe.export.precision)
         refused = [(target.spec, precision, target.refuses(precision)) for target, precision in asked]
         precisions = [f"{what} is left out for target '{spec}': {why}" for spec, what, why in refused if why]
-        return precisions + [
-            f"without effect on target '{target.spec}', and left out there: {', '.join(ignored)}"
-            for target in self.targets
-            if (ignored := self._ignored_by(target))
-        ]
-
-    def _ignored_by(self, target: Target) -> list[str]:
-        """The build options that others of the targets take, and `target` does not."""
-        taken = {name for each in self.targets for name in each.takes} - set(target.takes)
-        return [f"build.{name}" for name in self.recipe.build.chosen() if name in taken]
+        options = [left_out_options(target, self.recipe.build) for target in self.targets]
+        return [*precisions, *chain.from_iterable(options)]
 
     @property
     def trains_dense(self) -> bool:
@@ -176,15 +167,14 @@ def prepare(
 
 
 def made_targets(recipe: Recipe) -> list[Target]:
-    """The recipe's targets, each without the build options that only others of them take.
+    """The recipe's targets, each with the build options that it takes.
 
-    Raises: ValueError for an unknown target, or an option that its only target cannot take.
+    Raises: ValueError for an unknown target, or shapes that are misspelt.
     """
-    specs = [parse_target(text) for text in recipe.targets]
-    takes = [make_target(spec).takes for spec in specs]
-    options = [_options_among(recipe.build, own, frozenset().union(*takes)) for own in takes]
-    threads = recipe.measure.threads
-    return [make_target(spec, threads=threads, options=each) for spec, each in zip(specs, options, strict=True)]
+    bare = [make_target(parse_target(text)) for text in recipe.targets]
+    return [
+        make_target(target.spec, threads=recipe.measure.threads, options=target.taken(recipe.build)) for target in bare
+    ]
 
 
 def variant(ready: Prepared, recipe: Recipe) -> Prepared:
@@ -251,13 +241,6 @@ def build_network(recipe: Recipe, data: DataSet) -> BuiltModel:
 def reference_target() -> Target:
     """onnxruntime on this CPU: what every exported network is compared on."""
     return make_target(parse_target("ort-cpu"), threads=1)
-
-
-def _options_among(options: BuildOptions, own: Sequence[str], taken: frozenset[str]) -> BuildOptions:
-    """The options without those that are `taken`, but not by the target's `own` ones; what nobody takes stays, to be
-    refused."""
-    kept = {name: value for name, value in options.chosen().items() if name in own or name not in taken}
-    return BuildOptions.model_validate(kept)
 
 
 def _early_widths(

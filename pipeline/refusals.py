@@ -14,7 +14,7 @@ from ..export.errors import TargetUnavailable
 from ..export.onnx_export import INPUT, export_onnx
 from ..export.precision import QUANTISED, require_quantisable
 from ..export.shapes import profile_holding, profiles_for
-from ..export.target import BuildOptions, Target, require_precision
+from ..export.target import Target, require_precision
 from .data import DataSet
 from .device import TENSORRT
 from .recipe import Recipe
@@ -33,20 +33,6 @@ def require_precisions(targets: Sequence[Target], precisions: Sequence[str]) -> 
         others = any((target, other) not in refused for other in precisions)
         if not others or all((each, precision) in refused for each in targets):
             require_precision(target, precision)
-
-
-def require_effect(targets: Sequence[Target], options: BuildOptions) -> None:
-    """Raises: ValueError naming the first build option, of those that are not the default, that no target takes."""
-    taken = {name for target in targets for name in target.takes}
-    ignored = next((name for name in options.chosen() if name not in taken), None)
-    if ignored is not None:
-        specs = ", ".join(f"'{target.spec}'" for target in targets)
-        takes = f"It takes: {', '.join(sorted(taken))}." if taken else "It takes none."
-        if len(targets) > 1:
-            takes = takes.replace("It takes", "They take")
-        raise ValueError(
-            f"build.{ignored} has no effect on target{'s' if len(targets) > 1 else ''} {specs}. {takes} Leave it out."
-        )
 
 
 def require_shapes(recipe: Recipe, targets: Sequence[Target], example: Tensor) -> None:

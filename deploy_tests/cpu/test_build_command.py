@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from chip_deploy.export.bundle import read_manifest, verify_bundle, write_manifest
+from chip_deploy.export.nvidia import Gpu, find_gpu
 from chip_deploy.export.target import BuildOptions, built_with, read_engine
 from chip_deploy.pipeline.cli import main
 from chip_deploy.pipeline.device import build_options
@@ -16,6 +17,9 @@ from chip_deploy.pipeline.report import read_report, write_report
 
 NO_RTX = importlib.util.find_spec("tensorrt_rtx") is None
 needs_rtx = pytest.mark.skipif(NO_RTX, reason="tensorrt-rtx is not installed (it has wheels for x86-64 only)")
+needs_no_gpu = pytest.mark.skipif(
+    isinstance(find_gpu(), Gpu), reason="this machine has a GPU; this is about having none"
+)
 NET = """
 from torch import nn
 
@@ -27,6 +31,7 @@ SETTINGS = (
     *("data.size=16", "tune.epochs=0", "score.images=8", "export.dynamic_batch=true"),
     *("measure.seconds=0.05", "measure.laps=20", "measure.openings=1", "measure.warmup_ms=10"),
 )
+PLANNED = {"workspace_mib": 512, "optimization_level": 2, "builds": 3}
 RTX = "engines/trt-rtx-sm89.fp32.engine"
 
 
@@ -42,14 +47,14 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
         patch.syspath_prepend(folder)
         assert main([*arguments, "--out", str(folder / "bundle")]) == 0, said.getvalue()
-    _plan_level_2(folder / "bundle")
+    _plan_engines(folder / "bundle")
     return folder / "bundle"
 
 
-def _plan_level_2(bundle: Path) -> None:
+def _plan_engines(bundle: Path) -> None:
     """The bundle's recipe as of a run that had a TensorRT target as well, which not every machine has."""
     report, was = read_report(bundle), read_manifest(bundle)
-    planned = report.recipe | {"build": report.recipe["build"] | {"optimization_level": 2}}
+    planned = report.recipe | {"build": report.recipe["build"] | PLANNED}
     write_report(report.model_copy(update={"recipe": planned}), bundle)
     write_manifest(bundle, versions=was.versions, lineage=was.lineage)
 
@@ -70,15 +75,22 @@ def test_shapes_and_settings_reach_the_engine_on_top_of_the_recipe(bundle: Path)
     assert main(["build", str(bundle), "--target", "trt-rtx:sm89", *shapes, "--set", "build.tf32=false"]) == 0
     engine = read_engine(bundle / RTX)
     assert [profile["input"][2][0] for profile in engine.flags["profiles"]] == [1, 8]
-    assert built_with(engine) == BuildOptions(shapes=tuple(shapes[1::2]), tf32=False, optimization_level=2)
+    assert built_with(engine) == BuildOptions(shapes=tuple(shapes[1::2]), tf32=False, workspace_mib=512)
     verify_bundle(bundle)
 
 
 @needs_rtx
-def test_without_options_an_engine_is_built_as_the_recipe_says(bundle: Path) -> None:
-    assert main(["build", str(bundle), "--target", "trt-rtx:sm89"]) == 0
-    assert read_engine(bundle / RTX).flags["options"] == {"optimization_level": 2}
-    assert read_report(bundle).recipe["build"]["optimization_level"] == 2
+@pytest.mark.parametrize("options", [[], ["--set", "build.cuda_graph=true"]], ids=["no options", "one"])
+def test_an_engine_is_built_as_the_recipe_says_without_what_the_recipe_has_for_other_targets(
+    bundle: Path, options: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["build", str(bundle), "--target", "trt-rtx:sm89", *options]) == 0
+    said = " ".join("".join(capsys.readouterr()).split())
+    left_out = "without effect on target 'trt-rtx:sm89', and left out there: build.optimization_level, build.builds"
+    assert said.count(left_out) == 1
+    assert read_engine(bundle / RTX).flags["options"] == {"workspace_mib": 512}
+    assert {name: read_report(bundle).recipe["build"][name] for name in PLANNED} == PLANNED
+    verify_bundle(bundle)
 
 
 @pytest.mark.parametrize(
@@ -87,7 +99,12 @@ def test_without_options_an_engine_is_built_as_the_recipe_says(bundle: Path) -> 
         (["--shapes", "input=1x3x16x16"], "NAME:SHAPE or NAME:MIN/OPT/MAX expected"),
         (["--shapes", "image:1x3x16x16"], "no input 'image'. The network has: input."),
         (["--shapes", "input:1x3x32x32"], "axis 2 of (any, 3, 16, 16) is fixed"),
-        (["--builds", "3"], "TensorRT-RTX builds the same bytes every time, so there is nothing to choose from"),
+        (
+            ["--builds", "3"],
+            "build.builds has no effect: TensorRT-RTX times no kernels, so two builds differ in the names",
+        ),
+        (["--set", "build.optimization_level=2"], "build.optimization_level has no effect on target 'trt-rtx:sm89'."),
+        (["--set", "build.version_compatible=true"], "TensorRT-RTX comes without the lean runtime that it takes."),
         (["--builds", "0"], "build.builds: Input should be greater than or equal to 1. Give another value."),
         (["--set", "build.tf23=false"], "unknown key 'build.tf23'. Did you mean 'build.tf32'?"),
         (["--set", "build.tf32=perhaps"], "build.tf32: Input should be a valid boolean"),
@@ -112,15 +129,28 @@ def test_an_option_that_the_builder_fails_with_leaves_the_bundle_as_it_was(
     bundle: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = contents(bundle)
-    assert main(["build", str(bundle), "--target", "trt-rtx:sm89", "--set", "build.version_compatible=true"]) == 1
-    assert "(with optimization_level=2, version_compatible=true): " in capsys.readouterr().err
+    assert main(["build", str(bundle), "--target", "trt-rtx:sm89", "--set", "build.workspace_mib=1"]) == 1
+    assert "(with workspace_mib=1): " in capsys.readouterr().err
+    assert contents(bundle) == before
+
+
+@needs_rtx
+@needs_no_gpu
+@pytest.mark.parametrize("option", ["refit", "strip"])
+def test_what_is_built_on_a_gpu_alone_is_refused_without_one(
+    bundle: Path, option: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = contents(bundle)
+    assert main(["build", str(bundle), "--target", "trt-rtx:sm89", "--set", f"build.{option}=true"]) == 3
+    said = f"target 'trt-rtx:sm89' cannot be used here: TensorRT-RTX needs a GPU to build with build.{option}"
+    assert said in capsys.readouterr().err
     assert contents(bundle) == before
 
 
 def test_options_are_those_of_the_recipe_with_what_is_asked_for_on_top(bundle: Path) -> None:
-    assert build_options(bundle, "trt", {}) == BuildOptions(optimization_level=2)
-    asked = {"builds": 3, "optimization_level": 5}
-    assert build_options(bundle, "trt", asked) == BuildOptions(builds=3, optimization_level=5)
+    assert build_options(bundle, "trt", {}) == BuildOptions.model_validate(PLANNED)
+    asked = {"builds": 5, "optimization_level": 5}
+    assert build_options(bundle, "trt", asked) == BuildOptions.model_validate(PLANNED | asked)
 
 
 @pytest.mark.parametrize(
@@ -145,13 +175,22 @@ def test_an_option_that_the_target_would_ignore_is_refused(
 
 
 def test_an_option_at_its_default_ignores_nothing_and_is_taken_by_every_target(bundle: Path) -> None:
-    for target in ("ort-cpu", "torch:eager", "ort-cuda", "trt", "trt-rtx:sm89"):
-        assert build_options(bundle, target, {"builds": 1}) == BuildOptions(optimization_level=2)
+    taken = {
+        "ort-cpu": BuildOptions(),
+        "torch:eager": BuildOptions(),
+        "ort-cuda": BuildOptions(),
+        "trt": BuildOptions(workspace_mib=512, optimization_level=2),
+        "trt-rtx:sm89": BuildOptions(workspace_mib=512),
+    }
+    assert {target: build_options(bundle, target, {"builds": 1}) for target in taken} == taken
 
 
-def test_options_of_the_recipe_that_a_target_ignores_are_not_in_its_sidecar(bundle: Path) -> None:
+def test_options_of_the_recipe_that_a_target_ignores_are_not_in_its_sidecar(
+    bundle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["build", str(bundle), "--target", "ort-cpu"]) == 0
     assert "options" not in read_engine(bundle / "engines/ort-cpu.fp32.engine").flags
+    assert "left out there: build.workspace_mib" in " ".join("".join(capsys.readouterr()).split())
 
 
 def test_a_changed_bundle_is_an_integrity_error_before_its_report_is_read(

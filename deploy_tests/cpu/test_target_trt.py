@@ -216,15 +216,15 @@ def test_fp32_between_fp16_is_fp16_in_the_plan_of_tensorrt_rtx_and_the_sentence_
 
 @needs_rtx
 def test_options_reach_the_builder_and_the_sidecar(onnx_path: Path, tmp_path: Path) -> None:
-    engine = build("trt-rtx:sm89", onnx_path, tmp_path, tf32=False, optimization_level=1, workspace_mib=512)
+    engine = build("trt-rtx:sm89", onnx_path, tmp_path, tf32=False, workspace_mib=512)
     assert engine.flags == {
         "strongly_typed": True,
         "tf32": False,
         "profiles": [],
         "warnings": [],
-        "options": {"tf32": False, "optimization_level": 1, "workspace_mib": 512},
+        "options": {"tf32": False, "workspace_mib": 512},
     }
-    assert built_with(engine) == BuildOptions(tf32=False, optimization_level=1, workspace_mib=512)
+    assert built_with(engine) == BuildOptions(tf32=False, workspace_mib=512)
     assert engine.arithmetic == "fp32"
 
 
@@ -234,20 +234,65 @@ def test_a_workspace_that_is_too_small_is_told_with_the_option(onnx_path: Path, 
         build("trt-rtx:sm89", onnx_path, tmp_path, workspace_mib=1)
 
 
+def rtx_plan(onnx_path: Path, **options: Any) -> bytes:
+    """What TensorRT-RTX itself builds with options that the target may refuse."""
+    trt = importlib.import_module("tensorrt_rtx")
+    return bytes(build_plan(trt, onnx_path, BuildOptions(**options), capabilities=("sm89",)).data)
+
+
 @needs_rtx
-def test_an_engine_for_later_versions_needs_a_library_that_this_package_does_not_have(
-    onnx_path: Path, tmp_path: Path
-) -> None:
+def test_tensorrt_rtx_builds_no_engine_for_later_versions_which_is_why_the_target_refuses_to(onnx_path: Path) -> None:
     with pytest.raises(BuildFailed, match=r"\(with version_compatible=true\): .*libnvinfer_lean"):
-        build("trt-rtx:sm89", onnx_path, tmp_path, version_compatible=True)
+        rtx_plan(onnx_path, version_compatible=True)
 
 
-def test_options_that_the_target_cannot_take_are_refused_before_any_work() -> None:
-    spec = parse_target("trt-rtx:sm89")
-    with pytest.raises(ValueError, match=r"build\.hardware_compatibility is standard TensorRT's\. Name the GPUs"):
-        TensorRTTarget(spec, options=BuildOptions(hardware_compatibility="ampere-plus"))
-    with pytest.raises(ValueError, match=r"same bytes every time, so there is nothing to choose from"):
-        TensorRTTarget(spec, options=BuildOptions(builds=3))
+@needs_rtx
+def test_tensorrt_rtx_builds_the_same_at_every_level_which_is_why_the_target_takes_none(onnx_path: Path) -> None:
+    plans = {rtx_plan(onnx_path, optimization_level=level) for level in (None, 0, 5)}
+    assert len(plans) == 1
+
+
+@needs_rtx
+@needs_no_gpu
+@pytest.mark.parametrize("options", [{"refit": True}, {"strip": True}, {"refit": True, "strip": True}])
+def test_tensorrt_rtx_builds_nothing_to_refit_without_a_gpu_which_is_why_the_target_cannot_be_used(
+    onnx_path: Path, options: dict[str, bool]
+) -> None:
+    with pytest.raises(BuildFailed, match="CUDA_SUCCESS"):
+        rtx_plan(onnx_path, **options)
+    target = TensorRTTarget(parse_target("trt-rtx:sm89"), options=BuildOptions(**options))
+    reason = target.unusable()
+    assert reason is not None
+    assert reason.startswith(f"TensorRT-RTX needs a GPU to build with build.{next(iter(options))}, and there is none (")
+    assert f"Give --set build.{next(iter(options))}=false" in reason
+
+
+@needs_rtx
+def test_with_a_gpu_it_is_tensorrt_rtx_that_says_what_can_be_refitted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(target_trt, "find_gpu", lambda: GPUS["3090"])
+    assert TensorRTTarget(parse_target("trt-rtx:sm86"), options=BuildOptions(refit=True)).unusable() is None
+
+
+@pytest.mark.parametrize(
+    ("target", "options", "sentence"),
+    [
+        ("trt-rtx:sm89", {"hardware_compatibility": "ampere-plus"}, "is standard TensorRT's. Name the GPUs instead"),
+        ("trt-rtx:sm89", {"builds": 3}, "has no effect: TensorRT-RTX times no kernels"),
+        ("trt-rtx:sm89", {"version_compatible": True}, "is standard TensorRT's: TensorRT-RTX comes without"),
+        ("trt-rtx:sm89", {"optimization_level": 0}, "has no effect on target 'trt-rtx:sm89'. It takes: shapes, "),
+        ("trt-rtx:sm89", {"timing_cache": False}, "has no effect on target 'trt-rtx:sm89'. It takes: "),
+        ("trt", {"runtime_cache": False}, "has no effect on target 'trt'. It takes: "),
+    ],
+)
+def test_options_that_the_target_cannot_take_are_refused_before_any_work(
+    target: str, options: dict[str, Any], sentence: str
+) -> None:
+    (name,) = options
+    with pytest.raises(ValueError, match=rf"build\.{name} {re.escape(sentence)}"):
+        TensorRTTarget(parse_target(target), options=BuildOptions(**options))
+
+
+def test_shapes_that_are_misspelt_are_refused_before_any_work() -> None:
     with pytest.raises(ValueError, match=r"shapes 'input': NAME:SHAPE or NAME:MIN/OPT/MAX expected"):
         TensorRTTarget(parse_target("trt"), options=BuildOptions(shapes=("input",)))
 

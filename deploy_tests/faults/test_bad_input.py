@@ -65,7 +65,9 @@ def _with(**changes):
         ({"set": "targets=[]", "target": None}, 2, ["no target"]),
         ({"set": "build.builds=3"}, 2, ["build.builds has no effect on target 'ort-cpu'", "takes none"]),
         ({"set": "build.timing_cache=false", "target": "trt-rtx:sm86"}, 2, ["timing_cache has no", "runtime_cache"]),
-        ({"set": "build.builds=3", "target": "trt-rtx:sm86"}, 2, ["builds the same bytes every time"]),
+        ({"set": "build.builds=3", "target": "trt-rtx:sm86"}, 2, ["TensorRT-RTX times no kernels"]),
+        ({"set": "build.version_compatible=true", "target": "trt-rtx:sm86"}, 2, ["without the lean runtime"]),
+        ({"set": "build.optimization_level=2", "target": "trt-rtx:sm86"}, 2, ["optimization_level has no effect"]),
     ],
 )  # fmt: skip
 def test_is_refused(changes, code, words, capsys, tmp_path):
@@ -192,6 +194,17 @@ def test_a_build_option_goes_to_the_targets_that_take_it_and_the_others_go_witho
     assert "without effect on target 'ort-cpu', and left out there: build.tf32, build.builds" in said
     assert "without effect on target 'trt-rtx:sm86', and left out there: build.builds" in said
     assert "target 'trt'," not in said
+
+
+@pytest.mark.parametrize("option", ["refit", "strip"])
+def test_what_tensorrt_rtx_builds_on_a_gpu_alone_is_refused_without_one_before_any_work(
+    option, capsys, tmp_path, monkeypatch
+):
+    pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx has no wheel for this platform")
+    monkeypatch.setattr("chip_deploy.export.target_trt.find_gpu", lambda: "no CUDA driver")
+    monkeypatch.setattr("chip_deploy.pipeline.prepared.open_data", lambda *_, **__: pytest.fail("work began"))
+    asked = _with(set=f"build.{option}=true", target="trt-rtx:sm86")
+    _refused(capsys, 3, "needs a GPU", f"build.{option}=false", arguments=asked, out=tmp_path / "bundle")
 
 
 def test_a_name_that_is_too_long(capsys, tmp_path):

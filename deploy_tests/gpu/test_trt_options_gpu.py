@@ -191,12 +191,13 @@ def test_a_version_compatible_engine_warns_and_is_opened_with_host_code(
     require_same(networks / "fp32.onnx", session)
 
 
+@pytest.mark.parametrize("text", TARGETS)
 def test_an_engine_without_weights_is_small_and_takes_them_from_its_file(
-    networks: Path, tmp_path: Path, opened: Any
+    text: str, networks: Path, tmp_path: Path, opened: Any
 ) -> None:
     onnx = tmp_path / "model.onnx"
     onnx.write_bytes((networks / "fp32.onnx").read_bytes())
-    whole, stripped = usable("trt"), usable("trt", strip=True, refit=True)
+    whole, stripped = usable(text), usable(text, strip=True, refit=True)
     _, with_weights = built(whole, onnx, tmp_path)
     path, without = built(stripped, onnx, tmp_path)
     assert without.bytes < with_weights.bytes
