@@ -117,6 +117,8 @@ def _parse(trt: Any, network: Any, log: Log, onnx_path: Path, graph: OnnxGraph) 
 def _parser_error(error: Any, graph: OnnxGraph, layers: dict[str, str]) -> str:
     """What the parser says of a node, with the node's name, operator and torch layer, as far as they are known."""
     text = " ".join(error.desc().split()).rstrip(".")
+    if text == "false":  # all that an assertion says whose condition is just that
+        text = error.code().name.lower().replace("_", " ")
     name, operator, index = error.node_name(), error.node_operator(), error.node()
     if not operator:
         return text

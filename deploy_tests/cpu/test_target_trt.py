@@ -325,6 +325,13 @@ def test_every_node_that_the_parser_does_not_know_is_named(tmp_path: Path) -> No
 
 
 @needs_rtx
+def test_an_operator_of_onnx_that_tensorrt_does_not_have_is_called_unsupported(tmp_path: Path) -> None:
+    write_onnx(tmp_path / "model.onnx", [onnx.helper.make_node("Det", ["input"], ["output"], name="squares")])
+    with pytest.raises(BuildFailed, match=r"cannot read it: node 'squares' \(Det\): unsupported node\.$"):
+        build("trt-rtx:sm89", tmp_path / "model.onnx", tmp_path)
+
+
+@needs_rtx
 def test_a_node_that_the_parser_refuses_goes_by_its_torch_layer_too(onnx_path: Path, tmp_path: Path) -> None:
     model = onnx.load(onnx_path)
     (first, *_) = [node for node in model.graph.node if node.op_type == "Conv"]
