@@ -291,10 +291,14 @@ def _rows_for(bundle: Path, report: Report, target: str | None) -> list[EngineRo
 def _those_that_run(
     bundle: Path, report: Report, wanted: Sequence[EngineRow]
 ) -> tuple[dict[str, Target], dict[str, str]]:
-    """By engine file: the target of each that can run here, and why each of the others cannot."""
+    """By engine file: the target of each that can run here, and why each of the others cannot.
+
+    Raises: IntegrityError where an engine is not the one that the report tells of.
+    """
     runs, refused = {}, {}
     for row in wanted:
         engine = read_engine(bundle / row.file)
+        _require_reported(bundle, engine, row)
         bare = make_target(parse_target(row.target))
         # The dense control is built when it is measured, and has to be built as the engine was.
         made = make_target(bare.spec, threads=_threads(report), options=bare.taken(built_with(engine)))
@@ -304,6 +308,17 @@ def _those_that_run(
         else:
             refused[row.file] = reason
     return runs, refused
+
+
+def _require_reported(bundle: Path, engine: Engine, row: EngineRow) -> None:
+    """Raises: IntegrityError where numbers of `engine` would stand in a row of another, whatever the manifest says."""
+    for name in ("file", "target", "precision", "sha256"):
+        here, told = getattr(engine, name), getattr(row, name)
+        if here != told:
+            raise IntegrityError(
+                f"{sidecar_path(bundle / row.file)}: its {name} is {here}, and the report says {told}: it belongs to "
+                "another engine. Build the engine again."
+            )
 
 
 def _measure_again(

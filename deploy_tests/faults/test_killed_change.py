@@ -1,6 +1,7 @@
 """A bundle whose change was cut off, shared or damaged: the next command brings it to its right state."""
 
 import contextlib
+import hashlib
 import io
 import os
 import shutil
@@ -15,6 +16,7 @@ import pytest
 
 from chip_deploy.export.bundle import read_manifest, verify_bundle, write_manifest
 from chip_deploy.export.errors import BuildFailed, IntegrityError
+from chip_deploy.export.target import read_engine, sidecar_path
 from chip_deploy.export.target_ort import OrtCpuTarget
 from chip_deploy.pipeline.alone import alone_in
 from chip_deploy.pipeline.cli import main
@@ -189,6 +191,49 @@ def test_damaged_files_of_an_engine_are_made_anew_by_build(
         verify_bundle(bundle)
     assert main(["build", str(bundle), "--target", "ort-cpu", "--precision", "fp32"]) == 0
     verify_bundle(bundle)
+
+
+def _swap_pairs(bundle: Path) -> None:
+    for suffix in (".engine", ".json"):
+        one, other = ((bundle / name).with_suffix(suffix) for name in (ENGINE, FP16))
+        first, second = one.read_bytes(), other.read_bytes()
+        one.write_bytes(second)
+        other.write_bytes(first)
+
+
+def _say_int8(bundle: Path) -> None:
+    sidecar = sidecar_path(bundle / ENGINE)
+    sidecar.write_text(read_engine(bundle / ENGINE).model_copy(update={"precision": "int8"}).model_dump_json())
+
+
+def _put_another_engine(bundle: Path) -> None:
+    engine = read_engine(bundle / ENGINE)
+    data = (bundle / ENGINE).read_bytes() + b"\0"
+    (bundle / ENGINE).write_bytes(data)
+    other = engine.model_copy(update={"sha256": hashlib.sha256(data).hexdigest()})
+    sidecar_path(bundle / ENGINE).write_text(other.model_dump_json())
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (_swap_pairs, "its file is engines/ort-cpu.fp16.engine, and the report says engines/ort-cpu.fp32.engine"),
+        (_say_int8, "its precision is int8, and the report says fp32"),
+        (_put_another_engine, "its sha256 is "),
+    ],
+)
+def test_an_engine_that_is_not_the_one_of_the_report_is_not_measured_even_if_the_manifest_was_written_again(
+    bundle: Path, change: Callable[[Path], None], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    change(bundle)
+    was = read_manifest(bundle)
+    write_manifest(bundle, versions=was.versions, lineage=was.lineage)
+    before = contents(bundle)
+    assert main(["measure", str(bundle)]) == 6
+    said = said_by(capsys)
+    assert f"engines/ort-cpu.fp32.json: {words}" in said
+    assert said.rstrip().endswith("it belongs to another engine. Build the engine again.")
+    assert contents(bundle) == before
 
 
 def test_what_is_left_of_writing_an_engine_does_not_stop_its_build(bundle: Path) -> None:
