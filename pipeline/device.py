@@ -90,18 +90,21 @@ def rebuild(
     spec = parse_target(target)
     with _alone_in_whole(bundle):
         held = [precision] if precision is not None else _held(bundle)
-        manifest = verify_bundle(bundle, but=_files_of(spec, held))  # these are made anew
+        manifest = verify_bundle(bundle, but=_passed_over(bundle, spec, held))
         report = read_report(bundle)
         options = options or _planned_options(report, spec, note)
         made = make_target(spec, threads=_threads(report), options=options)
         require_usable(made)
         names = _precisions(bundle, report, made, precision, note)
         if names != held:
-            verify_bundle(bundle, but=_files_of(spec, names))
-        return [
-            _rebuilt(bundle, made, name, manifest, to_come=_files_of(spec, names[number:]))
-            for number, name in enumerate(names, start=1)
-        ]
+            verify_bundle(bundle, but=_passed_over(bundle, spec, names))
+        own, gone = _files_of(spec, names), _gone(bundle)
+        others = {entry.path for entry in manifest.files if gone(entry.path) and not own(entry.path)}
+        engines = []
+        for number, name in enumerate(names, start=1):
+            to_come = _either(_files_of(spec, names[number:]), others.__contains__)
+            engines.append(_rebuilt(bundle, made, name, manifest, to_come=to_come))
+        return engines
 
 
 def remeasure(
@@ -262,6 +265,21 @@ def _rebuilt(
         _replace_rows(bundle, [unmeasured_row(engine, unmeasured)])
         write_manifest(bundle, versions=manifest.versions, lineage=manifest.lineage, before=manifest, but=to_come)
     return engine
+
+
+def _passed_over(bundle: Path, spec: TargetSpec, precisions: Sequence[str]) -> Callable[[str], bool]:
+    """Whether a path in a bundle may be damaged before engines are built: those of `spec` in `precisions` are made
+    anew, and other engines may be gone, so that each target's can be built in its turn."""
+    return _either(_files_of(spec, precisions), _gone(bundle))
+
+
+def _gone(bundle: Path) -> Callable[[str], bool]:
+    """Whether a path in a bundle is that of an engine, and nothing is there."""
+    return lambda path: path.startswith("engines/") and not (bundle / path).exists()
+
+
+def _either(one: Callable[[str], bool], other: Callable[[str], bool]) -> Callable[[str], bool]:
+    return lambda path: one(path) or other(path)
 
 
 def _files_of(spec: TargetSpec, precisions: Sequence[str]) -> Callable[[str], bool]:
@@ -592,7 +610,7 @@ def build_options(
     """
     spec = parse_target(target)
     with _alone_in_whole(bundle):
-        verify_bundle(bundle, but=_files_of(spec, PRECISIONS))  # `rebuild` looks at those it leaves
+        verify_bundle(bundle, but=_passed_over(bundle, spec, PRECISIONS))  # `rebuild` looks at those it leaves
         report = read_report(bundle)
     known = list(BuildOptions.model_fields)
     unknown = next((key for key in asked if key not in known), None)

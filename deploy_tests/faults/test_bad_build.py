@@ -13,8 +13,10 @@ import onnx
 import pytest
 
 from chip_deploy.export.bundle import read_manifest, verify_bundle, write_manifest
+from chip_deploy.export.errors import IntegrityError
 from chip_deploy.export.onnx_export import INPUT
 from chip_deploy.pipeline.cli import main
+from chip_deploy.pipeline.report import read_report
 
 NO_RTX = importlib.util.find_spec("tensorrt_rtx") is None
 TARGETS = [
@@ -169,6 +171,21 @@ def test_a_network_of_another_input_is_refused_or_named(
 
     edit(bundle, other_channels)
     assert "model.onnx" in refused(bundle, target, capsys, 1)
+
+
+def test_a_bundle_without_its_engines_gets_them_back_target_by_target(
+    bundle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.rmtree(bundle / "engines")
+    targets = list(dict.fromkeys(row.target for row in read_report(bundle).engines))
+    assert len(targets) > 1
+    for target in targets:
+        with pytest.raises(IntegrityError, match=r"missing from .* run `chip-deploy build`\."):
+            verify_bundle(bundle)
+        assert main(["build", str(bundle), "--target", target]) == 0, capsys.readouterr().err
+    lost = {entry.path for entry in read_manifest(bundle).files if not (bundle / entry.path).exists()}
+    assert lost == set()
+    verify_bundle(bundle)
 
 
 @every_target
