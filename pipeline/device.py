@@ -59,6 +59,7 @@ from ..export.watch import Watch
 from .alone import alone_in
 from .display import Display
 from .report import EngineRow, Report, read_report, render, write_report
+from .report_page import pages_unavailable
 from .undo import all_or_nothing, undo_interrupted
 
 # The targets that run a network whose rest is in FP16 beside its 8 bits.
@@ -88,7 +89,7 @@ def rebuild(
     hold; TargetUnavailable; BuildFailed; ParityFailed.
     """
     spec = parse_target(target)
-    with _alone_in_whole(bundle):
+    with _alone_in_whole(bundle), _telling_of_pages(bundle, note):
         held = [precision] if precision is not None else _held(bundle)
         manifest = verify_bundle(bundle, but=_passed_over(bundle, spec, held))
         report = read_report(bundle)
@@ -123,7 +124,7 @@ def remeasure(
     Raises: IntegrityError; ValueError when the bundle has no engine for that target, or the protocol or a batch cannot
     be; MachineMismatch when none of the engines asked for can run here.
     """
-    with _alone_in_whole(bundle):
+    with _alone_in_whole(bundle), _telling_of_pages(bundle, display.note):
         manifest = verify_bundle(bundle)
         report = read_report(bundle)
         wanted = _rows_for(bundle, report, target)
@@ -404,6 +405,19 @@ def _alone_in_whole(bundle: Path) -> Iterator[None]:
     with alone_in(bundle):
         undo_interrupted(bundle)
         yield
+
+
+@contextlib.contextmanager
+def _telling_of_pages(bundle: Path, note: Callable[[str], None] | None) -> Iterator[None]:
+    """`note` is told, however the block ends, when the report's pages went because they can only be made elsewhere."""
+    had = [name for name in REPORT_FILES if (bundle / name).is_file()]
+    try:
+        yield
+    finally:
+        went = [name for name in had if not (bundle / name).is_file()]
+        reason = pages_unavailable()
+        if went and reason is not None and note is not None:
+            note(f"removed, because they no longer agreed with the report: {', '.join(went)}. {reason}")
 
 
 def _compared(

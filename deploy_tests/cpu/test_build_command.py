@@ -193,6 +193,18 @@ def test_options_of_the_recipe_that_a_target_ignores_are_not_in_its_sidecar(
     assert "left out there: build.workspace_mib" in " ".join("".join(capsys.readouterr()).split())
 
 
+def test_a_build_where_no_pages_can_be_made_tells_that_the_old_ones_are_gone(
+    bundle: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for place in ("report", "device"):
+        monkeypatch.setattr(f"chip_deploy.pipeline.{place}.pages_unavailable", lambda: "They need jinja2.")
+    told = "removed, because they no longer agreed with the report: report.md, report.html. They need jinja2."
+    for times in (1, 0):
+        assert main(["build", str(bundle), "--target", "ort-cpu"]) == 0
+        assert " ".join("".join(capsys.readouterr()).split()).count(told) == times
+    verify_bundle(bundle)
+
+
 def test_a_changed_bundle_is_an_integrity_error_before_its_report_is_read(
     bundle: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
