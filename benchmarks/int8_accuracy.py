@@ -87,7 +87,7 @@ def quantised(source: Path, evidence: Evidence, method: str, args: argparse.Name
             calibration=method,
             bound=bound,
             layers=conversion.layers,
-            left_out=[f"{layer.layer} {layer.operator}" for layer in without],
+            left_out=[f"{layer.name} {layer.operator}" for layer in without],
             top1=evidence.top1(outputs) or 0.0,
             drop=attempts.drop(without),
             snr_db=compare_outputs(evidence.outputs, outputs).snr_db,
