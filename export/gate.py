@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, computed_field
 from .agree import Agreement, compare_outputs, require_agreement
 from .bundle import MANIFEST, verify_bundle
 from .errors import IntegrityError, ParityFailed
-from .golden import Golden, engine_agreement, read_golden, run_in_batches
+from .golden import Golden, engine_agreement, read_golden, rounding_of, run_in_batches
 from .laps import Speedup, bootstrap_quantile, laps_needed, session_spread
 from .laps_file import RecordedLaps, find_laps, read_laps
 from .machine import Machine, differences, fingerprint, read_machine
@@ -301,18 +301,18 @@ def _integrity_row(facts: _Facts) -> GateRow:
 def _parity_rows(facts: _Facts, engines: Sequence[_Engine]) -> Iterator[GateRow]:
     """The ONNX file, then each engine, against the golden outputs."""
     golden = read_golden(facts.bundle)
-    yield _parity_row(ONNX, functools.partial(_onnx_parity, facts, golden))
+    yield _parity_row(ONNX, golden, functools.partial(_onnx_parity, facts, golden))
     for engine in engines:
-        yield _parity_row(engine.file, functools.partial(_engine_parity, facts, engine, golden))
+        yield _parity_row(engine.file, golden, functools.partial(_engine_parity, facts, engine, golden))
 
 
-def _parity_row(file: str, compare: Callable[[], _Parity]) -> GateRow:
+def _parity_row(file: str, golden: Golden, compare: Callable[[], _Parity]) -> GateRow:
     try:
         precision, agreement, how = compare()
         if agreement is None:
             sentence = f"{file}: whether its outputs are the network's is not known: {how}."
             return _without_value(PARITY, file, "inconclusive", sentence)
-        require_agreement(agreement, what=file, precision=precision)
+        require_agreement(agreement, what=file, precision=precision, rounding=rounding_of(precision, golden))
     except ParityFailed as err:
         sentence = str(err) if str(err).startswith(file) else f"{file}: {err}"
         return _without_value(PARITY, file, "failed", sentence)

@@ -208,7 +208,7 @@ def emulated(model: onnx.ModelProto) -> onnx.ModelProto:
     types = element_types(graph)
     for tensor in graph.initializer:
         if tensor.data_type in SIXTEEN_BITS:
-            tensor.CopyFrom(onnx.numpy_helper.from_array(_widened(tensor), tensor.name))
+            tensor.CopyFrom(onnx.numpy_helper.from_array(values_of(tensor), tensor.name))
     taken = {*types, *(name for node in graph.node for name in node.output)}
     nodes = []
     for node in graph.node:
@@ -548,7 +548,7 @@ def _store(tensor: onnx.TensorProto, kind: str, *, upwards: bool) -> None:
     tensor.dims.extend(shape)
 
 
-def _widened(tensor: onnx.TensorProto) -> np.ndarray:
+def values_of(tensor: onnx.TensorProto) -> np.ndarray:
     """The values of a tensor in 16 bits as float32, which holds each of them."""
     import onnx
 

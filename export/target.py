@@ -126,7 +126,12 @@ class Engine(BaseModel):
     @property
     def arithmetic(self) -> str:
         """What the engine multiplies with, which decides how closely it can agree: `tf32`, or its precision."""
-        return "tf32" if self.precision == "fp32" and self.flags.get("tf32") else self.precision
+        return arithmetic_of(self.precision, self.flags)
+
+
+def arithmetic_of(precision: str, flags: Mapping[str, Any]) -> str:
+    """What an engine with these flags multiplies with: `tf32`, or its precision."""
+    return "tf32" if precision == "fp32" and flags.get("tf32") else precision
 
 
 class TensorType(NamedTuple):

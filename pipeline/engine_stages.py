@@ -19,7 +19,8 @@ from ..export.golden import GOLDEN, Golden, read_golden, write_golden
 from ..export.machine import fingerprint, read_machine
 from ..export.measure import LatencyProtocol, laps_path
 from ..export.onnx_export import OnnxInfo, export_onnx
-from ..export.precision import QUANTISED, Reference
+from ..export.precision import Reference
+from ..export.rounding import tf32_outputs
 from ..export.target import engine_path, read_engine
 from ..export.target_torch import PROGRAM_PRECISIONS, TorchTarget, program_path, write_program
 from .convert import Evidence, convert_networks
@@ -92,7 +93,8 @@ def export_both(ready: Prepared, pruned: nn.Module, folder: Path, progress: Prog
     golden = normalise(ready.test.read(torch.arange(min(GOLDEN_IMAGES, len(ready.test)))))
     with torch.no_grad():
         outputs = torch.cat([pruned(image) for image in golden.split(1)])
-    write_golden(folder / GOLDEN, Golden(golden.numpy(), outputs.numpy()))
+    in_tf32 = tf32_outputs(folder / "model.onnx", golden.numpy())
+    write_golden(folder / GOLDEN, Golden(golden.numpy(), outputs.numpy(), {"tf32": in_tf32}))
     return info, control
 
 
@@ -129,7 +131,8 @@ def convert_stage(
     def make(folder: Path) -> Mapping[str, Any]:
         networks = {"model": read_pruned(ready, plan, tuned.file("model.safetensors")), "dense": ready.built.module}
         evidence = _evidence(ready, np.load(agreed.file(OUTPUTS)), progress)
-        golden, own, rows = read_golden(onnx.folder), {}, []
+        golden, rows = read_golden(onnx.folder), []
+        own = dict(golden.by_precision)
         for precision in lower_precisions(ready):
             progress(0.0, precision)
             row = convert_networks(
@@ -142,8 +145,7 @@ def convert_stage(
                 progress=progress,
             )
             rows.append(row.model_dump(mode="json"))
-            if precision in QUANTISED:
-                own[precision] = Reference(folder / onnx_name("model", precision)).outputs(golden.images)
+            own[precision] = Reference(folder / onnx_name("model", precision)).outputs(golden.images)
             _write_programs(ready, networks, precision, folder)
         write_golden(folder / GOLDEN, golden._replace(by_precision=own))
         return {"precisions": rows}

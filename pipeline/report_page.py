@@ -29,7 +29,7 @@ from .report_latency import (
 from .report_layers import layers_views
 from .report_precision import (
     accuracy_in,
-    over_bound,
+    doubts,
     precision_views,
     ranking_sentences,
     rankings,
@@ -301,7 +301,7 @@ def _efficiency_row(report: Report, engine: EngineRow) -> Row:
 def _spoken_verdict(report: Report, engine: EngineRow) -> Text:
     """One engine's verdict as a sentence of the terminal, with the reason where the table above does not show it."""
     reason = "" if engine.verdict == "faster" else wording.ascii_minus(wording.sentence(engine.reason))
-    further = [f" {each}" for each in (reason, over_bound(report, engine)) if each]
+    further = [f" {each}" for each in (reason, *doubts(report, engine)) if each]
     return Text.assemble(f"{engine_name(engine)}: ", (engine.verdict, VERDICT_STYLE[engine.verdict]), ".", *further)
 
 
@@ -317,7 +317,7 @@ def _cards(report: Report) -> list[Card]:
             interval=intervals.get(engine.file),
             bounds="" if engine.speedup is None else interval_text(engine.speedup),
             medians=_medians(engine),
-            reason=" ".join(filter(None, (_card_reason(engine), over_bound(report, engine)))),
+            reason=" ".join(filter(None, (_card_reason(engine), *doubts(report, engine)))),
             trust=list(_trust(engine)),
         )
         for anchor, engine in zip(anchors(report.engines), report.engines, strict=True)

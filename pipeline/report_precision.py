@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
+from ..export.agree import LIMITS
 from ..export.precision import QUANTISED
 from ..export.sensitivity import ROUNDING
+from ..export.target import arithmetic_of
 from . import quantities, wording
 from .report_latency import engine_name
 
@@ -122,6 +124,30 @@ def over_bound(report: Report, engine: EngineRow) -> str:
         f"WARNING: {engine.file} loses {drop:.2f} points of top-1 on the evaluation images, and at most {most:g} may "
         "be lost: its ONNX file keeps the bound, the engine does not. Lower --max-drop, or take another precision."
     )
+
+
+def doubts(report: Report, engine: EngineRow) -> list[str]:
+    """What a reader has to know before an engine is shipped, a sentence each."""
+    return [each for each in (over_bound(report, engine), far_off(report, engine)) if each]
+
+
+def far_off(report: Report, engine: EngineRow) -> str:
+    """Where its network magnifies rounding, that an engine's outputs are far from torch's by right; else empty."""
+    arithmetic = arithmetic_of(engine.precision, engine.flags)
+    if engine.agreement is None or LIMITS[arithmetic].keeps(engine.agreement):
+        return ""
+    other = ", or build with build.tf32=false" if arithmetic == "tf32" else ", or take another precision"
+    return (
+        f"WARNING: {engine.file}: this network magnifies rounding in {arithmetic} ({engine.agreement}). Its outputs "
+        f"say little about right or wrong: {judged_by(report.accuracy.onnx, engine.accuracy)}{other}."
+    )
+
+
+def judged_by(before: float | None, after: float | None) -> str:
+    """By what a network is judged whose outputs rounding moves far."""
+    if before is None or after is None:
+        return "judge it by its accuracy on your own data"
+    return f"judge it by its accuracy (top-1 from {before:.1%} to {after:.1%})"
 
 
 def _by_latency(engines: Sequence[EngineRow]) -> list[EngineRow]:

@@ -9,14 +9,14 @@ from typing import Any
 from ..chip.criterion import Grade
 from ..chip.plan import PrunePlan
 from ..chip.scores import ChannelScores
-from ..export.agree import Agreement
+from ..export.agree import LIMITS, Agreement
 from ..export.machine import read_machine
 from . import report as reports
 from .journal import Journal, StageResult
 from .prepared import Prepared
 from .provenance import versions
 from .recipe_values import BY_SCORES, budget_of
-from .report_precision import over_bound
+from .report_precision import doubts, judged_by
 from .stage_files import read_plan
 
 ALARM = 0.02  # a loss of accuracy above two points is said aloud
@@ -76,7 +76,7 @@ def make_report(
     warnings = [
         *collapse_warnings(accuracy),
         *precision_warnings(_precision_rows(facts), accuracy.onnx),
-        *_over_bounds(report),
+        *(doubt for engine in report.engines for doubt in doubts(report, engine)),
     ]
     return report.model_copy(update={"notes": [*warnings, *_notes(ready, facts, plan)]})
 
@@ -93,10 +93,17 @@ def collapse_warnings(accuracy: reports.Accuracy) -> list[str]:
 
 
 def precision_warnings(rows: Sequence[Mapping[str, Any]], before: float | None) -> list[str]:
-    """A warning for each precision in which the network lost more accuracy than anybody would ship without looking."""
+    """A warning for each precision in which the network lost more accuracy than anybody would ship without looking, and
+    for each whose roundings it magnifies: its file is right, and its outputs tell little."""
     warnings = []
     for row in rows:
-        after = row["accuracy"]
+        after, agreement = row["accuracy"], Agreement.model_validate(row["agreement"])
+        if not LIMITS[row["precision"]].keeps(agreement):
+            warnings.append(
+                f"WARNING: this network magnifies rounding in {row['precision']} ({agreement}). Without its roundings "
+                "the ONNX file gives the outputs of FP32: it is right. Whether it is good enough the outputs do not "
+                f"tell: {judged_by(before, after)}, or take another precision."
+            )
         if before is None or after is None or before - after <= ALARM:
             continue
         bound = " or leave the layers out that cost most (--max-drop 0.5)" if row["sensitivities"] else ""
@@ -127,11 +134,6 @@ def _group_reports(stages: Mapping[str, StageResult], plan: PrunePlan) -> list[r
             )
         )
     return found
-
-
-def _over_bounds(report: reports.Report) -> list[str]:
-    """A warning for each 8-bit engine that loses more than was allowed."""
-    return [warning for engine in report.engines if (warning := over_bound(report, engine))]
 
 
 def _notes(ready: Prepared, facts: Mapping[str, Mapping[str, Any]], plan: PrunePlan) -> list[str]:

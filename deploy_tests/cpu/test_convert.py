@@ -176,7 +176,7 @@ def test_a_dense_control_that_is_another_network_does_not_ship(sources, tmp_path
         return done
 
     monkeypatch.setattr(Converter, "write", broken)
-    with pytest.raises(ParityFailed, match=r"dense.fp16.onnx: outputs differ from the reference by more than fp16"):
+    with pytest.raises(ParityFailed, match=r"dense.fp16.onnx without its roundings: outputs differ from the reference"):
         convert(sources, tmp_path, evidence(lambda _: RIGHT), most=None, precision="fp16")
 
 
@@ -184,3 +184,28 @@ def test_a_dense_control_that_is_another_network_does_not_ship(sources, tmp_path
 def test_outputs_that_no_rounding_explains_do_not_ship(sources, tmp_path, judged, sentence) -> None:
     with pytest.raises(ParityFailed, match=sentence):
         convert(sources, tmp_path, evidence(lambda _: RIGHT * np.float32(judged)), most=None)
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_a_right_file_ships_however_far_16_bits_move_the_outputs_and_the_row_says_how_far(
+    sources, tmp_path, precision
+) -> None:
+    row = convert(sources, tmp_path, evidence(lambda _: wrong_on(IMAGES)), most=None, precision=precision)
+    assert row.agreement.snr_db == pytest.approx(-3.01, abs=0.01)  # ones in other places: twice the power
+    assert (tmp_path / f"model.{precision}.onnx").is_file()
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_a_wrong_file_does_not_ship_however_near_its_outputs_are_on_the_evaluation(
+    sources, tmp_path, monkeypatch, precision
+) -> None:
+    real = Converter.converted
+
+    def broken(self, nodes=()):
+        model, kept = real(self, nodes)
+        next(node for node in model.graph.node if node.op_type == "Relu").op_type = "Identity"
+        return model, kept
+
+    monkeypatch.setattr(Converter, "converted", broken)
+    with pytest.raises(ParityFailed, match=f"model.{precision}.onnx without its roundings"):
+        convert(sources, tmp_path, evidence(lambda _: RIGHT), most=None, precision=precision)

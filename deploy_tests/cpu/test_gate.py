@@ -13,6 +13,7 @@ from onnx import TensorProto, helper, numpy_helper
 from chip_deploy.export import gate
 from chip_deploy.export.bundle import sha256_file, write_manifest
 from chip_deploy.export.gate import GateResult, check_gate, parse_requirement
+from chip_deploy.export.golden import read_golden, write_golden
 from chip_deploy.export.laps import Measurement
 from chip_deploy.export.machine import read_machine
 from chip_deploy.export.measure import LatencyProtocol, laps_path, read_laps, write_laps
@@ -479,3 +480,16 @@ def test_a_gate_reads_fields_that_the_report_has() -> None:
     # The gate goes to devices without the pipeline, so it has a small reader of its own.
     for read, written in ((gate._Engine, EngineRow), (gate._Accuracy, Accuracy), (gate._Report, Report)):
         assert read.model_fields.keys() <= written.model_fields.keys()
+
+
+def test_a_recorded_agreement_is_held_against_what_rounding_costs_the_network(bundle: Path) -> None:
+    sidecar = (bundle / ORT).with_suffix(".json")
+    change_json(sidecar, lambda engine: engine["versions"].update(onnxruntime="0.1"))
+    change_json(sidecar, lambda engine: engine["flags"].update(tf32=True))
+    change_engine(bundle, agreement=RECORDED | {"largest_relative_difference": 0.2, "snr_db": 20.0})
+    assert statuses(gated(bundle, "size<=1MB"), "parity")[ORT] == "failed"
+    golden = read_golden(bundle)
+    rounded = golden.outputs + np.float32(0.1) * np.abs(golden.outputs).max()
+    write_golden(bundle / "golden.npz", golden._replace(by_precision={"tf32": rounded}))
+    write_manifest(bundle, versions={}, lineage={})
+    assert statuses(gated(bundle, "size<=1MB"), "parity")[ORT] == "met"

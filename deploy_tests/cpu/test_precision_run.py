@@ -24,7 +24,8 @@ from chip_deploy.pipeline.cli import main
 from chip_deploy.pipeline.convert import Attempts
 from chip_deploy.pipeline.models import build_model
 from chip_deploy.pipeline.report import read_report, write_report
-from chip_deploy.pipeline.report_precision import over_bound
+from chip_deploy.pipeline.report_precision import doubts, over_bound
+from chip_deploy.pipeline.run_report import precision_warnings
 
 NET = (
     "from torch import nn\n"
@@ -111,12 +112,14 @@ def test_the_accuracy_of_a_precision_is_that_of_its_file_on_the_evaluation_image
         assert row.accuracy * 30 == pytest.approx(round(row.accuracy * 30))
 
 
-def test_golden_outputs_hold_those_of_the_int8_file_as_it_is_written(finished) -> None:
+def test_golden_outputs_hold_those_of_every_other_file_as_it_is_written_and_those_in_tf32(finished) -> None:
     golden = read_golden(finished)
-    assert golden.by_precision.keys() == {"int8"}
-    again = Reference(finished / "model.int8.onnx").outputs(golden.images)
-    np.testing.assert_array_equal(golden.by_precision["int8"], again)
-    assert not np.array_equal(golden.by_precision["int8"], golden.outputs)
+    assert golden.by_precision.keys() == {"tf32", "fp16", "int8"}
+    for precision in ("fp16", "int8"):
+        again = Reference(finished / f"model.{precision}.onnx").outputs(golden.images)
+        np.testing.assert_array_equal(golden.by_precision[precision], again)
+    for outputs in golden.by_precision.values():
+        assert not np.array_equal(outputs, golden.outputs)
 
 
 def test_an_engine_that_is_not_its_own_file_is_found_however_wide_the_limits_of_int8_are(bundle) -> None:
@@ -254,7 +257,8 @@ def test_an_int8_file_whose_rest_is_fp16_is_built_by_tensorrt_alone(bundle, caps
 
 def test_an_engine_built_here_whose_outputs_are_wrong_leaves_the_bundle_as_it_was(bundle, capsys) -> None:
     golden = read_golden(bundle)
-    write_golden(bundle / "golden.npz", golden._replace(outputs=-golden.outputs))
+    others = {name: -outputs for name, outputs in golden.by_precision.items()}
+    write_golden(bundle / "golden.npz", golden._replace(outputs=-golden.outputs, by_precision=others))
     signed_again(bundle)
     before = {path: path.read_bytes() for path in sorted(bundle.rglob("*")) if path.is_file()}
     assert main(["build", str(bundle), "--target", "ort-cpu", "--precision", "fp16"]) != 0
@@ -277,6 +281,29 @@ def test_an_engine_that_loses_more_than_its_file_was_allowed_to_is_warned_of(fin
     assert said(worse, most=5.0) == ""
     assert said(worse.model_copy(update={"precision": "fp16"}), most=1.0) == ""
     assert said(worse, most=None) == ""
+
+
+def test_an_engine_whose_network_magnifies_rounding_is_warned_of_by_its_arithmetic(finished) -> None:
+    report = read_report(finished)
+    fp32, fp16, _ = report.engines
+    far = fp16.agreement.model_copy(update={"snr_db": 29.9})
+    assert doubts(report, fp16.model_copy(update={"agreement": None})) == []
+    assert doubts(report, fp16) == []
+    (said,) = doubts(report, fp16.model_copy(update={"agreement": far, "accuracy": 0.5}))
+    assert "this network magnifies rounding in fp16 (SNR 29.9 dB" in said
+    assert f"top-1 from {report.accuracy.onnx:.1%} to 50.0%" in said
+    tf32 = fp32.model_copy(update={"flags": {"tf32": True}, "agreement": far})
+    assert "build.tf32=false" in doubts(report, tf32)[0]
+    assert doubts(report, tf32.model_copy(update={"agreement": far.model_copy(update={"snr_db": 40.0})})) == []
+
+
+@pytest.mark.parametrize(("snr_db", "told"), [(29.9, True), (30.0, False)])
+def test_a_16_bit_file_whose_network_magnifies_rounding_is_told_of(finished, snr_db, told) -> None:
+    row = read_report(finished).precisions[0].model_dump(mode="json")
+    row |= {"accuracy": None, "agreement": row["agreement"] | {"snr_db": snr_db}}
+    said = precision_warnings([row], None)
+    assert len(said) == told
+    assert all(f"in fp16 (SNR {snr_db} dB" in each and "on your own data" in each for each in said)
 
 
 def test_the_report_of_a_run_carries_that_warning_and_a_later_measurement_keeps_it(
