@@ -45,7 +45,9 @@ _OPTIONS: dict[str, Any] = {
     "error_model": "numpy",
     "fastmath": {"reassoc", "contract", "nsz"},  # NaN must stay NaN
 }
-_kernel: Any = njit(**_OPTIONS)
+# All in one: else code that was just compiled calls kernels compiled apart, which add up in another order than the
+# copies that numba's cache brings, and the first run of an installation has other last bits than every later one.
+_kernel: Any = njit(forceinline=True, **_OPTIONS)
 _lapack: Any = importlib.import_module("scipy.linalg.lapack")  # made at run time: no type checker sees its functions
 
 

@@ -40,11 +40,20 @@ from chip_deploy.export.targets import make_target
 print(make_target(parse_target(sys.argv[1])).build(Path(sys.argv[2]), Path(sys.argv[3])).sha256)
 """
 
+SCORE = """
+import torch
+from chip_deploy.chip import nuclear
 
-def in_a_process(code: str, *arguments: object, seed: int) -> str:
+torch.manual_seed(0)
+shapes = (16, 1024), (40, 60), (48, 9)
+print([nuclear.channel_independence(torch.randn(4, *shape).relu()).sum(0).tolist() for shape in shapes])
+"""
+
+
+def in_a_process(code: str, *arguments: object, seed: int, **more: str) -> str:
     """What a new Python prints, whose sets and dicts of texts are in another order for every seed."""
     command = [sys.executable, "-c", code, *map(str, arguments)]
-    environment = {**os.environ, "PYTHONHASHSEED": str(seed)}
+    environment = {**os.environ, "PYTHONHASHSEED": str(seed), **more}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
@@ -112,3 +121,10 @@ def test_another_network_gives_another_engine(exports: tuple[Path, Path], tmp_pa
         for name in ("fixed.onnx", "free.onnx")
     ]
     assert told[0] != told[1]
+
+
+def test_scores_by_code_that_was_just_compiled_are_those_by_code_that_was_kept(tmp_path: Path) -> None:
+    pytest.importorskip("numba")
+    compiled, kept = (in_a_process(SCORE, seed=seed, NUMBA_CACHE_DIR=str(tmp_path)) for seed in (1, 2))
+    assert list(tmp_path.rglob("*_small*.nbc")), "nothing was kept"
+    assert compiled == kept
