@@ -14,6 +14,9 @@ from torch import Tensor
 
 NODES = 40
 SMALLEST = 1e-14  # eigenvalues below this share of their sum are noise of the Gram product in float64
+# By so much rounding may leave an eigenvalue of a Gram matrix of trace 1 below zero; a matrix product of constant maps
+# was seen to take 1.1e-15 (MKL on an AMD EPYC). Its square root is far below that of SMALLEST.
+ROUNDING = 8 * torch.finfo(torch.float64).eps
 _CHUNK_BYTES = 64 * 2**20
 _AGM_STEPS = 12  # quadratic convergence: from 1 and 1e-7 the means agree to the last bit after 8
 _TINY = 1e-300
@@ -181,7 +184,7 @@ def _by_cholesky(unit_BCP: Tensor, top_B: Tensor) -> Tensor:
     right_BMC = eye_MM.expand(images, -1, -1) if by_channel else unit_BCP.mT / top_B.sqrt()[:, None, None]
     forms = []
     for node in range(NODES):
-        shift = nodes_K[node] + torch.finfo(torch.float64).eps  # rounding may leave an eigenvalue below zero
+        shift = nodes_K[node] + ROUNDING
         factor_BMM, _ = torch.linalg.cholesky_ex(gram_BMM + shift * eye_MM)
         forms.append(torch.linalg.solve_triangular(factor_BMM, right_BMC, upper=False).square().sum(-2))
     form_BCK = torch.stack(forms, -1)
