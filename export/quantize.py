@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from .errors import ConversionFailed
+from .layers import MULTIPLYING
 from .low_precision import FLOAT, QUANTIZATION, checked, element_types, fresh, in_order, mark_layer, raised
 
 if TYPE_CHECKING:
@@ -29,7 +30,6 @@ FLOAT8 = 17
 FLOAT8_OPSET = 19
 LARGEST_INT8, LARGEST_FP8 = 127.0, 448.0
 
-MULTIPLYING = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 ADDING = "Add"
 QUANTIZING, DEQUANTIZING = QUANTIZATION
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .agree import compare_outputs, require_agreement
+from .layers import MULTIPLYING
 from .low_precision import BFLOAT16, FLOAT, FLOAT16, SIXTEEN_BITS, checked, element_types, values_of
 from .precision import Reference
 
@@ -24,7 +25,6 @@ HALF_UNIT = {FLOAT16: 2.0**-11, BFLOAT16: 2.0**-8}
 HALF_STEP = 2.0**-25
 # Multiplied by this and split (Veltkamp), a float32 keeps 11 of its 24 bits: what tensor cores read of it in TF32.
 TF32_SPLIT = 2.0**13 + 1
-MULTIPLYING = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 
 
 def require_same_network(file: Path, exact: onnx.ModelProto, images: np.ndarray) -> None:
