@@ -195,7 +195,8 @@ class _Names:
     """Numbers for the tensors of a network while onnxruntime's quantizer has it, and its names afterwards.
 
     The quantizer calls what it makes of a tensor `x` `x_scale`, `x_zero_point` and so on, and takes a tensor of the
-    network that happens to be called so for its own.
+    network that happens to be called so for its own. The copy of a bias `x` that two layers read becomes `x0`, so that
+    no name may be the beginning of another.
     """
 
     def __init__(self, model: onnx.ModelProto) -> None:
@@ -204,7 +205,7 @@ class _Names:
         written = [name for node in graph.node for name in (*node.input, *node.output) if name]
         self._named = list(dict.fromkeys([*held, *written]))
         self._nodes = {node.name for node in graph.node}
-        self.number = {name: f"t{number}" for number, name in enumerate(self._named)}
+        self.number = {name: f"t{number}." for number, name in enumerate(self._named)}
 
     def numbered(self, model: onnx.ModelProto) -> onnx.ModelProto:
         """A copy of the network whose tensors go by their numbers."""
@@ -226,9 +227,9 @@ class _Names:
 
     def _behind(self, numbered: str) -> str:
         """The name of a tensor by its number, with what the quantizer has put behind that."""
-        number = re.match(r"t\d+", numbered)
+        number = re.match(r"t(\d+)\.", numbered)
         assert number is not None, "the quantizer names what it makes after a tensor"
-        return self._named[int(number.group()[1:])] + numbered[number.end() :]
+        return self._named[int(number[1])] + numbered[number.end() :]
 
 
 def _rename(graph: onnx.GraphProto, names: Mapping[str, str]) -> None:

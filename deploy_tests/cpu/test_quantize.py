@@ -166,6 +166,25 @@ def test_a_tensor_of_the_network_that_is_called_like_a_scale_is_not_taken_for_on
     assert {*names.values()} <= tensors(found).keys()
 
 
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+@pytest.mark.parametrize("more", [0, 10])
+def test_a_layer_that_is_called_twice_keeps_its_bias(more: int, kind: str) -> None:
+    """more: constants besides, so that the network has tensors with numbers like that of the bias and one behind it."""
+    nodes = [
+        helper.make_node("Conv", ["x", "w", "b"], ["a"], name="first"),
+        helper.make_node("Conv", ["a", "w", "b"], ["s0"], name="second"),
+        *(helper.make_node("Add", [f"s{n}", f"c{n}"], [f"s{n + 1}"]) for n in range(more)),
+        helper.make_node("Relu", [f"s{more}"], ["y"]),
+    ]
+    constants = {f"c{n}": np.float32([n]) for n in range(more)}
+    weights = {"b": np.float32([1, 2, 3]), "w": draw(3, 3, 1, 1), **constants}
+    model = one_layer(nodes, weights, x=(1, 3, 4, 4), y=(1, 3, 4, 4))
+    x = draw(1, 3, 4, 4, seed=1)
+    found = quantized(model, {"x": 3.0, "a": 8.0}, ["first", "second"], kind=kind)
+    # A few steps of 8/127, and of a sixteenth of each number.
+    np.testing.assert_allclose(run(found, x), run(model, x), atol=0.2 if kind == "int8" else 1.0)
+
+
 def test_a_weight_that_two_kinds_of_layers_read_has_a_scale_for_each_channel_of_either() -> None:
     model = one_layer(
         [
