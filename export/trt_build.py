@@ -102,7 +102,10 @@ def _readable_graph(trt: Any, onnx_path: Path) -> OnnxGraph:
 
 
 def _parse(trt: Any, network: Any, log: Log, onnx_path: Path, graph: OnnxGraph) -> None:
-    """Fill `network` from an ONNX file. Raises: BuildFailed with every error of the parser and the node it names."""
+    """Fill `network` from an ONNX file.
+
+    Raises: BuildFailed with every error of the parser, the node that it names, and the ways out.
+    """
     parser = trt.OnnxParser(network, log.logger)
     # The path lets the parser find weights that lie beside the file.
     if parser.parse(onnx_path.read_bytes(), str(onnx_path)):
@@ -111,7 +114,10 @@ def _parse(trt: Any, network: Any, log: Log, onnx_path: Path, graph: OnnxGraph) 
     layers = {node.name: layer_map.layer(node) for node in graph.nodes if node.name}
     errors = [parser.get_error(index) for index in range(parser.num_errors)]
     found = dict.fromkeys(_parser_error(error, graph, layers) for error in errors)
-    raise BuildFailed(f"{onnx_path}: {release(trt)} cannot read it: {'; '.join(found) or log.text()}.")
+    raise BuildFailed(
+        f"{onnx_path}: {release(trt)} cannot read it: {'; '.join(found) or log.text()}. "
+        "Replace what it names in the network, or take another precision or target."
+    )
 
 
 def _parser_error(error: Any, graph: OnnxGraph, layers: dict[str, str]) -> str:
