@@ -51,8 +51,8 @@ def build_plan(
     capabilities: GPUs to build for, by name, where it builds ahead of time. timing_cache: kernel timings to begin with
     and to add to.
     Cost: standard TensorRT times kernels for seconds to minutes; TensorRT-RTX takes about a second.
-    Raises: BuildFailed with what TensorRT logged, or naming the option that its API does not have; ValueError for
-    shapes that do not fit the network.
+    Raises: BuildFailed with what TensorRT logged and the ways out, or naming the option that its API does not have;
+    ValueError for shapes that do not fit the network.
     """
     graph = _readable_graph(trt, onnx_path)
     log = Log(trt)
@@ -68,7 +68,11 @@ def build_plan(
     with stoppable_build(trt, config):
         data = builder.build_serialized_network(network, config)
     if data is None:
-        raise BuildFailed(f"{onnx_path}: {release(trt)} built no engine{_with_options(options)}: {log.text()}.")
+        ways_out = "Leave these options out, or take" if options.chosen() else "Take"
+        raise BuildFailed(
+            f"{onnx_path}: {release(trt)} built no engine{_with_options(options)}: {log.text()}. "
+            f"{ways_out} another precision or target."
+        )
     flags: dict[str, Any] = {
         "strongly_typed": True,
         "tf32": bool(config.get_flag(trt.BuilderFlag.TF32)),
