@@ -16,6 +16,9 @@ from .target import NodeLaps
 MULTIPLYING = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 # Operators through which a weight is still the same weight.
 CONVERTING = ("Cast", "DequantizeLinear", "Identity", "QuantizeLinear", "Reshape", "Transpose")
+# What may not stand behind a name: it would be that of another node. onnxruntime names what it fuses after the first
+# node, as in `node_MatMul_6/MatMulAddFusion`.
+END_OF_NAME = r"(?![\w.:]|/(?!\w*Fusion\b))"
 
 
 class LayerWork(NamedTuple):
@@ -48,7 +51,7 @@ class LayerMap:
         # A runtime names a fused node after the last tensor it writes; a node's own name goes first.
         self._named = {**self._maker, **self._named}
         names = sorted(self._named, key=len, reverse=True)
-        self._any_name = re.compile(rf"(?<![\w./:])(?:{'|'.join(map(re.escape, names)) or '(?!)'})(?![\w./:])")
+        self._any_name = re.compile(rf"(?<![\w./:])(?:{'|'.join(map(re.escape, names)) or '(?!)'}){END_OF_NAME}")
 
     @functools.cached_property
     def work(self) -> dict[str, LayerWork]:

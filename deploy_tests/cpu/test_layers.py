@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import onnx
+import onnxruntime
 import pytest
 import torch
 from torch import Tensor, nn
@@ -170,6 +171,18 @@ def test_a_multiplication_that_lacks_a_factor_or_a_result_is_one_sentence(
     broken = LayerMap(OnnxGraph([OnnxNode("node_Conv", "Conv", inputs, outputs, ())]))
     with pytest.raises(IntegrityError, match=r"has a Conv that multiplies nothing \('node_Conv'\)\. Export it again"):
         _ = broken.work
+
+
+def test_what_onnxruntime_fuses_goes_by_the_layer_of_its_first_node(tmp_path: Path) -> None:
+    net = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 4))
+    export_onnx(net, torch.zeros(1, 3, 8), tmp_path / "net.onnx")  # a product and a sum for each linear layer
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "fused.onnx")
+    onnxruntime.InferenceSession(str(tmp_path / "net.onnx"), options, providers=["CPUExecutionProvider"])
+    fused = [(node.name, node.op_type) for node in onnx.load(tmp_path / "fused.onnx").graph.node]
+    products = [(name, operator) for name, operator in fused if name.endswith("Fusion")]
+    layers = LayerMap(read_graph(tmp_path / "net.onnx")).layers(executed(*products))
+    assert layers == [("0",), ("2",)], fused
 
 
 def test_an_output_that_is_left_out_is_found_in_no_name() -> None:
