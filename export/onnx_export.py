@@ -98,6 +98,9 @@ def _export(model: nn.Module, example: Tensor, *, dynamic_batch: bool) -> onnx.M
     assert program is not None, "the dynamo exporter returns a program"
     optimize(program.model)
     # Named last: a network that gives back its input has one tensor for both until then.
+    for name in (INPUT, OUTPUT):
+        if parameter := program.model.graph.initializers.get(name):
+            parameter.name = f"{name}.parameter"
     program.model.graph.inputs[0].name, program.model.graph.outputs[0].name = INPUT, OUTPUT
     proto = program.model_proto
     _require_batch(proto, example, dynamic_batch=dynamic_batch)

@@ -357,3 +357,22 @@ def test_a_network_too_large_for_one_file_is_refused_before_the_work(tmp_path: P
     huge.weight = nn.Parameter(torch.zeros(1).expand(2**30), requires_grad=False)
     with pytest.raises(ExportFailed, match=r"4\.3 GB of weights, and one ONNX file at most 2\.1 GB"):
         export_onnx(huge, images(1, 16), tmp_path / "model.onnx")
+
+
+class Named(nn.Module):
+    """Its parameters are called as the file's input and output are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.input = nn.Parameter(torch.tensor([2.0, 3.0, 4.0]))
+        self.output = nn.Parameter(torch.tensor([5.0, 6.0, 7.0]))
+
+    def forward(self, image: Tensor) -> Tensor:
+        return image.mean((2, 3)) * self.input + self.output
+
+
+def test_parameters_may_be_called_as_the_input_and_the_output_are(tmp_path):
+    export_onnx(Named(), torch.zeros(1, 3, 4, 4), tmp_path / "net.onnx")
+    session = onnxruntime.InferenceSession(str(tmp_path / "net.onnx"), providers=["CPUExecutionProvider"])
+    (found,) = session.run(["output"], {"input": np.ones((1, 3, 4, 4), np.float32)})
+    np.testing.assert_array_equal(found, [[7.0, 9.0, 11.0]])
