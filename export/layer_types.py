@@ -140,7 +140,8 @@ def _summed_up(
     untold = [layer for layer in multiplying if layer.kind == UNKNOWN]
     sentences = [_types_sentence(multiplying, other, untold, precision, source), *_untold_sentences(untold)]
     if tf32:
-        sentences.append(_tf32_sentence([layer for layer in multiplying if layer.kind == "fp32"]))
+        in_fp32 = [layer for layer in multiplying if "fp32" in (layer.kind, (layer.fused or ("", ""))[1])]
+        sentences.append(_tf32_sentence(in_fp32))
     if source == "engine":
         sentences.append(_overhead_sentence(unfused, reformats or 0))
     return LayerTypes(
@@ -285,26 +286,33 @@ def _engine_layers(layers: Sequence[dict[str, Any]], products: dict[str, str]) -
     found: list[_Layer] = []
     told: set[str] = set()
     for layer, nodes, kernel in zip(layers, noted, kernels, strict=True):
-        own = [node for node in nodes if node not in told and (kernel or node not in multiplied)]
-        found += _held(layer, own, products, kernel=kernel and (bool(own) or not nodes))
+        held = [node for node in nodes if kernel or node not in multiplied]
+        own = [node for node in held if node not in told]
+        if own:
+            found += _held(layer, own, products, mixed=not kernel and len(held) > 1)
+        else:
+            found.append(_Layer(str(layer.get("Name", "")), _engine_type(layer), kernel and not nodes, _in_tf32(layer)))
         told.update(own)
     if told and all(nodes for nodes, kernel in zip(noted, kernels, strict=True) if kernel):
         found += [_Layer(name, UNKNOWN, multiplies=True) for node, name in products.items() if node not in told]
     return found
 
 
-def _held(layer: dict[str, Any], nodes: Sequence[str], products: dict[str, str], *, kernel: bool) -> list[_Layer]:
-    """One layer of an engine as the products that it holds; as itself where it holds none that is known.
+def _held(layer: dict[str, Any], nodes: Sequence[str], products: dict[str, str], *, mixed: bool) -> list[_Layer]:
+    """One layer of an engine as the products that it holds.
 
-    kernel: whether it does nothing but multiply. Then what it reads is what each of its products reads.
+    mixed: whether it is no kernel that multiplies only and holds several products. Of those no type is told; else what
+    the layer reads is what each of them reads.
     """
     name, kind = str(layer.get("Name", "")), _engine_type(layer)
-    tf32 = "tf32" in str(layer.get("TacticName", "")).lower()
-    if not nodes:
-        return [_Layer(name, kind, kernel, tf32)]
-    if kernel or len(nodes) == 1:
-        return [_Layer(products[node], kind, multiplies=True, tf32=tf32) for node in nodes]
-    return [_Layer(products[node], UNKNOWN, multiplies=True, fused=(name, kind)) for node in nodes]
+    if mixed:
+        return [_Layer(products[node], UNKNOWN, multiplies=True, fused=(name, kind)) for node in nodes]
+    return [_Layer(products[node], kind, multiplies=True, tf32=_in_tf32(layer)) for node in nodes]
+
+
+def _in_tf32(layer: dict[str, Any]) -> bool:
+    """Whether the name of a layer's kernel says that it multiplies in TF32."""
+    return "tf32" in str(layer.get("TacticName", "")).lower()
 
 
 def _kinds(layer: dict[str, Any]) -> str:

@@ -313,6 +313,22 @@ def test_of_products_that_are_fused_with_others_no_type_is_claimed(tmp_path: Pat
     )
 
 
+def test_tf32_is_told_of_products_that_are_fused_with_others(tmp_path: Path) -> None:
+    path = mixed(tmp_path / "model.onnx", "fp16")
+    region = noted("{ForeignNode[first...second]}", "Myelin", "first", "second", read="Float")
+    types = engine_types(information(region), "fp32", onnx_path=path, tf32=True)
+    assert types is not None
+    assert types.sentence.endswith("TF32 is allowed, so what is in fp32 may be multiplied in TF32.")
+
+
+def test_a_product_fused_with_one_that_was_told_before_has_no_type_either(tmp_path: Path) -> None:
+    path = mixed(tmp_path / "model.onnx", "fp16")
+    both, again = (noted(name, "kgen", "first", "second") for name in ("__myl_One", "__myl_Two"))
+    alone = noted("__myl_Only", "kgen", "first")
+    assert found(information(both, again), "fp16", path).multiplying == {"unknown": 2}
+    assert found(information(alone, again), "fp16", path).multiplying == {"fp16": 1, "unknown": 1}
+
+
 def test_products_of_one_input_that_one_kernel_computes_are_counted_one_by_one(tmp_path: Path) -> None:
     path = mixed(tmp_path / "model.onnx", "fp16")
     types = found(information(noted("first || second", "CaskGemmConvolution", "first", "second")), "fp16", path)
