@@ -66,9 +66,9 @@ LIMITS = {
     # dB and 0.22.
     "bf16": Limits(largest_relative_difference=0.5, snr_db=12.0),
     # What 8 bits cost depends on the network, and top-1 is its measure (ResNet-56: int8 24 dB, fp8 17 dB, top-1 as
-    # before). An error as large as the outputs themselves is no rounding any more.
-    "int8": Limits(largest_relative_difference=1.0, snr_db=0.0),
-    "fp8": Limits(largest_relative_difference=1.0, snr_db=0.0),
+    # before). An error as large as the outputs themselves, as outputs that are all zero have, is no rounding any more.
+    "int8": Limits(largest_relative_difference=1.0, snr_db=0.1),
+    "fp8": Limits(largest_relative_difference=1.0, snr_db=0.1),
     # An engine against its own 8-bit file, run as it is written: values near a step go to the other side of it.
     # Measured between ways to run one file of ResNet-20 and ResNet-56: rightly 26 to 44 dB and at most 7e-2, with
     # biases or pairs handled wrongly 10 dB and less.

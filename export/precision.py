@@ -270,7 +270,6 @@ class Reference:
         """The first output for every image.
 
         Shapes: (N, C, H, W) -> (N, K).
-        Raises: ParityFailed when one is not finite.
         """
         name, first = self.input_names[0], self.output_names[0]
         fixed = self.input_shapes[name][0]

@@ -7,14 +7,26 @@ random weights a third of them. So a file is judged without its roundings, and a
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from .agree import compare_outputs, require_agreement
+from .errors import ParityFailed
 from .layers import MULTIPLYING
-from .low_precision import BFLOAT16, FLOAT, FLOAT16, SIXTEEN_BITS, checked, element_types, values_of
+from .low_precision import (
+    BFLOAT16,
+    FLOAT,
+    FLOAT16,
+    QUANTIZATION,
+    SIXTEEN_BITS,
+    element_types,
+    emulated,
+    fresh,
+    values_of,
+)
 from .precision import Reference
 
 if TYPE_CHECKING:
@@ -37,28 +49,57 @@ def require_same_network(file: Path, exact: onnx.ModelProto, images: np.ndarray)
     import onnx
 
     outputs = Reference(unrounded(onnx.load(file), exact)).outputs(images)
-    agreement = compare_outputs(Reference(exact).outputs(images), outputs)
-    require_agreement(agreement, what=f"{file.name} without its roundings")
+    expected = Reference(unrounded(exact, exact)).outputs(images)
+    require_agreement(compare_outputs(expected, outputs), what=f"{file.name} without its roundings")
+
+
+def require_no_overflow(file: Path, exact: onnx.ModelProto, judge: Callable[[Reference], np.ndarray]) -> None:
+    """Nothing, if a file in 16 bits whose outputs are far from those of `exact` on more images owes that to rounding.
+
+    `judge` gives a network's outputs for those images, (N, K).
+    Raises: ParityFailed where numbers overflow on them that did not on those that the file was made by.
+    """
+    import onnx
+
+    outputs, expected = (judge(Reference(unrounded(model, exact))) for model in (onnx.load(file), exact))
+    try:
+        require_agreement(compare_outputs(expected, outputs), what=file.name)
+    except ParityFailed as err:
+        raise ParityFailed(
+            f"{file.name}: numbers overflow on the evaluation images that did not on those it was calibrated on, and "
+            "its outputs are wrong by it. Raise quantize.images, or leave this precision out."
+        ) from err
 
 
 def unrounded(low: onnx.ModelProto, exact: onnx.ModelProto) -> onnx.ModelProto:
-    """A network in FP16 or BF16 as one in FP32 that rounds nothing: casts pass on what they read, and a weight that is
-    the rounded one of `exact` has its bits back. Any other weight stays as it is."""
-    import onnx
+    """A network in FP16 or BF16 as one in FP32 that rounds nothing, and overflows where the other does.
 
-    model = copy.deepcopy(low)
+    A weight that is the rounded one of `exact` has its bits back; any other stays as it is.
+    """
+    import onnx
+    from onnx import helper
+
     weights = {tensor.name: tensor for tensor in exact.graph.initializer if tensor.data_type == FLOAT}
+    scales = {node.input[1] for node in low.graph.node if node.op_type in QUANTIZATION}
+    stored = {tensor.name: tensor for tensor in low.graph.initializer if tensor.data_type in SIXTEEN_BITS}
+    model = emulated(copy.deepcopy(low))
     for tensor in model.graph.initializer:
-        if tensor.data_type in SIXTEEN_BITS:
-            values = _before_rounding(tensor, weights.get(tensor.name))
-            tensor.CopyFrom(onnx.numpy_helper.from_array(values, tensor.name))
-    for attribute in (each for node in model.graph.node if node.op_type == "Cast" for each in node.attribute):
-        if attribute.name == "to" and attribute.i in SIXTEEN_BITS:
-            attribute.i = FLOAT
-    for value in model.graph.value_info:
-        if value.type.tensor_type.elem_type in SIXTEEN_BITS:
-            value.type.tensor_type.elem_type = FLOAT
-    return checked(model)
+        if (name := tensor.name) in stored:
+            values = _before_rounding(stored[name], weights.get(name), scale=name in scales)
+            tensor.CopyFrom(onnx.numpy_helper.from_array(values, name))
+    taken = {name for node in model.graph.node for name in node.output}
+    rounded = {node.output[0]: node.input[0] for node in model.graph.node if _cast_to(node) in SIXTEEN_BITS}
+    nodes = []
+    for node in model.graph.node:
+        nodes.append(node)
+        if node.op_type == "Cast" and node.input[0] in rounded:  # back to FP32
+            name, exactly = node.output[0], rounded[node.input[0]]
+            node.output[0], infinite = fresh(f"{name}_rounded", taken), fresh(f"{name}_infinite", taken)
+            nodes.append(helper.make_node("IsInf", [node.output[0]], [infinite]))
+            nodes.append(helper.make_node("Where", [infinite, node.output[0], exactly], [name]))
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    return model
 
 
 def tf32_outputs(file: Path, images: np.ndarray) -> np.ndarray:
@@ -78,34 +119,46 @@ def in_tf32(model: onnx.ModelProto) -> onnx.ModelProto:
 
     model = onnx.shape_inference.infer_shapes(model, data_prop=True)
     types = element_types(model.graph)
-    factor = onnx.numpy_helper.from_array(np.array(TF32_SPLIT, np.float32), "tf32_split")
+    taken = set(types)
+    factor = onnx.numpy_helper.from_array(np.array(TF32_SPLIT, np.float32), fresh("tf32_split", taken))
     model.graph.initializer.append(factor)
-    nodes, rounded = [], set()
+    nodes: list[onnx.NodeProto] = []
+    rounded: dict[str, str] = {}
     for node in model.graph.node:
         factors = node.input[:2] if node.op_type in MULTIPLYING else ()
         for place, name in enumerate(factors):
             if types.get(name) != FLOAT:
                 continue
-            scaled, rest, high = f"{name}_tf32_scaled", f"{name}_tf32_rest", f"{name}_tf32"
             if name not in rounded:
-                rounded.add(name)
+                scaled, rest, high = (fresh(f"{name}_tf32{part}", taken) for part in ("_scaled", "_rest", ""))
+                rounded[name] = high
                 nodes.append(helper.make_node("Mul", [name, factor.name], [scaled]))
                 nodes.append(helper.make_node("Sub", [scaled, name], [rest]))
                 nodes.append(helper.make_node("Sub", [scaled, rest], [high]))
-            node.input[place] = high
+            node.input[place] = rounded[name]
         nodes.append(node)
     del model.graph.node[:]
     model.graph.node.extend(nodes)
     return model
 
 
-def _before_rounding(tensor: onnx.TensorProto, exact: onnx.TensorProto | None) -> np.ndarray:
-    """The values of `exact` where the 16-bit tensor is what rounding makes of them, else the tensor's own."""
+def _cast_to(node: onnx.NodeProto) -> int | None:
+    """The type that a node casts to; None for a node that does something else."""
+    return next((each.i for each in node.attribute if each.name == "to"), None) if node.op_type == "Cast" else None
+
+
+def _before_rounding(tensor: onnx.TensorProto, exact: onnx.TensorProto | None, *, scale: bool) -> np.ndarray:
+    """The values of `exact` where the 16-bit tensor is what rounding makes of them, else the tensor's own.
+
+    scale: whether it is the width of 8-bit steps, which is rounded up.
+    """
     import onnx
 
     stored = values_of(tensor)
     if exact is None or tuple(exact.dims) != stored.shape:
         return stored
     values = onnx.numpy_helper.to_array(exact)
+    whole = 2 if scale else 1
     step = HALF_STEP if tensor.data_type == FLOAT16 else 0.0
-    return values if np.allclose(stored, values, rtol=HALF_UNIT[tensor.data_type], atol=step) else stored
+    close = np.allclose(stored, values, rtol=whole * HALF_UNIT[tensor.data_type], atol=whole * step, equal_nan=True)
+    return values if close else stored

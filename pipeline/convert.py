@@ -8,12 +8,12 @@ from pathlib import Path
 
 import numpy as np
 
-from ..export.agree import Agreement, compare_outputs, require_agreement
+from ..export.agree import LIMITS, Agreement, compare_outputs, require_agreement
 from ..export.bundle import onnx_name
 from ..export.errors import ConversionFailed
 from ..export.precision import QUANTISED, Conversion, Converter, QuantizeSettings, Reference, Rest, require_finite
 from ..export.quantize import QuantLayer
-from ..export.rounding import require_same_network
+from ..export.rounding import require_no_overflow, require_same_network
 from ..export.sensitivity import ROUNDING, Sensitivity, fewest_left_out
 from .report import PrecisionRow
 
@@ -70,6 +70,8 @@ def convert_networks(
     conversion, outputs, without = attempts.best([layer for layer, _ in ranking], most=settings.max_drop)
     agreement = compare_outputs(evidence.outputs, outputs)
     _require_right(folder / name, converter, evidence, agreement)
+    if precision not in QUANTISED and not LIMITS[precision].keeps(agreement):
+        require_no_overflow(folder / name, converter.model, evidence.judge)
     dense = _dense(sources, folder, evidence, without, asked, _part(progress, 0.9, 1.0))
     return PrecisionRow(
         precision=precision,

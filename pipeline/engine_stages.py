@@ -94,7 +94,9 @@ def export_both(ready: Prepared, pruned: nn.Module, folder: Path, progress: Prog
     with torch.no_grad():
         outputs = torch.cat([pruned(image) for image in golden.split(1)])
     in_tf32 = tf32_outputs(folder / "model.onnx", golden.numpy())
-    write_golden(folder / GOLDEN, Golden(golden.numpy(), outputs.numpy(), {"tf32": in_tf32}))
+    # Numbers near the end of FP32 cannot be split into two as the emulation does.
+    others = {"tf32": in_tf32} if np.isfinite(in_tf32).all() else {}
+    write_golden(folder / GOLDEN, Golden(golden.numpy(), outputs.numpy(), others))
     return info, control
 
 

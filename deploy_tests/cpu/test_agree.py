@@ -160,3 +160,10 @@ def test_an_error_as_large_as_the_outputs_is_no_rounding_even_in_8_bits(precisio
 def test_an_agreement_reads_as_a_sentence() -> None:
     assert str(compare_outputs(REFERENCE, REFERENCE)).startswith("identical, largest difference 0.0e+00")
     assert "SNR 14.8 dB" in str(compare_outputs(REFERENCE, REFERENCE + 0.5))
+
+
+@pytest.mark.parametrize("precision", ["int8", "fp8"])
+def test_outputs_that_are_all_zero_agree_with_nothing(precision: str) -> None:
+    reference = np.random.default_rng(0).standard_normal((4, 10))
+    with pytest.raises(ParityFailed):
+        require_agreement(compare_outputs(reference, np.zeros_like(reference)), what="it", precision=precision)

@@ -14,7 +14,7 @@ from chip_deploy.export.errors import ParityFailed
 from chip_deploy.export.low_precision import lowered
 from chip_deploy.export.onnx_export import export_onnx
 from chip_deploy.export.precision import Converter, Reference
-from chip_deploy.export.rounding import in_tf32, require_same_network, tf32_outputs
+from chip_deploy.export.rounding import in_tf32, require_no_overflow, require_same_network, tf32_outputs
 
 SIZE = 8
 # Numbers there are 8 apart in FP16, and 64 in BF16.
@@ -91,6 +91,56 @@ def test_a_wrong_file_of_the_same_network_is_found(source, tmp_path, precision, 
         require_same_network(tmp_path / "low.onnx", converter.model, draw())
 
 
+class Folding(nn.Module):
+    """A network that gives small numbers for large ones: of one that overflows on the way nothing remains."""
+
+    def forward(self, image: Tensor) -> Tensor:
+        maps = image.mean((2, 3))
+        return maps / (maps * maps + 1)
+
+
+def test_an_overflow_on_images_that_calibration_did_not_see_is_not_taken_for_rounding(tmp_path) -> None:
+    export_onnx(Folding(), torch.zeros(1, 3, SIZE, SIZE), tmp_path / "model.onnx")
+    converter = Converter(tmp_path / "model.onnx", draw(), precision="fp16")
+    converter.write(tmp_path / "low.onnx")
+    require_same_network(tmp_path / "low.onnx", converter.model, draw())
+    require_no_overflow(tmp_path / "low.onnx", converter.model, lambda network: network.outputs(30 * draw()))
+    with pytest.raises(
+        ParityFailed, match=r"^low\.onnx: numbers overflow on the evaluation images .* quantize\.images"
+    ):
+        require_no_overflow(tmp_path / "low.onnx", converter.model, lambda network: network.outputs(1e4 * draw()))
+
+
+class HalfInside(nn.Module):
+    """A network with casts to FP16 of its own, which round in FP32, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(3, 10)
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.head(image.mean((2, 3))).half().float()
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_a_network_with_casts_of_its_own_has_right_files(tmp_path, precision) -> None:
+    torch.manual_seed(0)
+    export_onnx(HalfInside(), torch.zeros(1, 3, SIZE, SIZE), tmp_path / "model.onnx")
+    converter = Converter(tmp_path / "model.onnx", draw(), precision=precision)
+    converter.write(tmp_path / "low.onnx")
+    require_same_network(tmp_path / "low.onnx", converter.model, draw())
+
+
+def test_the_steps_of_a_network_that_is_quantised_already_are_rounded_up_and_right(tmp_path) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10))
+    export_onnx(net, torch.zeros(1, 3, SIZE, SIZE), tmp_path / "model.onnx")
+    Converter(tmp_path / "model.onnx", draw(), precision="int8").write(tmp_path / "own.onnx")
+    converter = Converter(tmp_path / "own.onnx", draw(), precision="fp16")
+    converter.write(tmp_path / "low.onnx")
+    require_same_network(tmp_path / "low.onnx", converter.model, draw())
+
+
 def product(weights: np.ndarray) -> onnx.ModelProto:
     """A network that multiplies its input (1, K) by `weights`."""
     graph = helper.make_graph(
@@ -116,6 +166,14 @@ def test_tf32_rounds_what_is_multiplied_to_the_nearest_eleven_bits() -> None:
     np.testing.assert_array_equal(by_input, eleven_bits(x))
     by_weight = Reference(in_tf32(product(np.diag(x[0])))).run({"x": np.ones_like(x)})["y"]
     np.testing.assert_array_equal(by_weight, eleven_bits(x))
+
+
+def test_tf32_is_told_of_a_network_whatever_its_tensors_are_called() -> None:
+    model = product(np.eye(4, dtype=np.float32))
+    model.graph.node.add().CopyFrom(helper.make_node("Relu", ["y"], ["x_tf32"]))
+    model.graph.node.add().CopyFrom(helper.make_node("Relu", ["x_tf32"], ["tf32_split"]))
+    x = np.float32([[1, 2, 3, 4]])
+    np.testing.assert_array_equal(Reference(in_tf32(model)).run({"x": x})["y"], x)
 
 
 def test_tf32_costs_a_network_about_what_its_factors_of_eleven_bits_cost(source) -> None:
