@@ -386,7 +386,8 @@ class _Rewiring:
         for node in self._graph.node:
             for place, name in enumerate(node.input):
                 readers.setdefault(name, []).append(self._wants_low(node, place))
-        weights = {tensor.name for tensor in self._graph.initializer if tensor.data_type == FLOAT}
+        outputs = {value.name for value in self._graph.output}
+        weights = {tensor.name for tensor in self._graph.initializer if tensor.data_type == FLOAT} - outputs
         return made | {name for name in weights if name in readers and all(readers[name])}
 
     def _layer(self, node: onnx.NodeProto) -> str:

@@ -20,7 +20,7 @@ import numpy as np
 
 from .errors import ConversionFailed
 from .layers import MULTIPLYING
-from .low_precision import FLOAT, QUANTIZATION, checked, element_types, fresh, in_order, mark_layer, raised
+from .low_precision import FLOAT, QUANTIZATION, checked, element_types, fresh, in_order, mark_layer, opset_of, raised
 
 if TYPE_CHECKING:
     import onnx
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 # ONNX's number of the element type, and the first opset whose Q/DQ has it: FP16 scales and FP8 values came together.
 FLOAT8 = 17
 FLOAT8_OPSET = 19
+# The first opset whose Q/DQ has an axis.
+PER_CHANNEL_OPSET = 13
 LARGEST_INT8, LARGEST_FP8 = 127.0, 448.0
 
 ADDING = "Add"
@@ -61,13 +63,18 @@ def quantizable(model: onnx.ModelProto, layers: Mapping[str, str]) -> list[Quant
     """The layers that can be quantised, in the order of the graph: those with a weight, and additions of float tensors.
 
     `layers` names the torch layer of each node.
-    Raises: ConversionFailed for a network that has 8-bit steps already.
+    Raises: ConversionFailed for a network that has 8-bit steps already, or an opset that has none for each channel.
     """
     own = next((node for node in model.graph.node if node.op_type in QUANTIZATION), None)
     if own is not None:
         raise ConversionFailed(
             f"node '{own.name}' ({own.op_type}) quantises already, and 8 bits are chosen for a network in FP32. Use "
             "--precision fp32, or give the network as it was before it was quantised."
+        )
+    if opset_of(model) < PER_CHANNEL_OPSET:
+        raise ConversionFailed(
+            f"the ONNX file is written in opset {opset_of(model)}, and 8-bit steps for each channel need "
+            f"{PER_CHANNEL_OPSET} or later. Export it again."
         )
     weights = {tensor.name: tensor for tensor in model.graph.initializer if tensor.data_type == FLOAT}
     constants = {tensor.name for tensor in model.graph.initializer}
@@ -141,6 +148,7 @@ def quantized(
         return copy.deepcopy(model)
     with_pairs = _with_pairs(model, reaches, nodes)
     _spare_others(with_pairs.graph, nodes)
+    _drop_unread(with_pairs.graph)
     if kind == "fp8":
         with_pairs = raised(with_pairs, FLOAT8_OPSET)
         _into_fp8(with_pairs)
@@ -267,6 +275,17 @@ def _spare_others(graph: onnx.GraphProto, nodes: Collection[str]) -> None:
         for place, name in enumerate(node.input):
             if name in pairs:
                 node.input[place] = pairs[pairs[name].input[0]].input[0]
+
+
+def _drop_unread(graph: onnx.GraphProto) -> None:
+    """No pair stays that nobody reads: the quantizer makes one for each place of a node that reads a tensor twice."""
+    while True:
+        read = {name for node in graph.node for name in node.input} | {value.name for value in graph.output}
+        unread = [node for node in graph.node if node.op_type in QUANTIZATION and node.output[0] not in read]
+        if not unread:
+            return
+        for node in unread:
+            graph.node.remove(node)
 
 
 def _into_fp8(model: onnx.ModelProto) -> None:

@@ -351,6 +351,13 @@ def test_what_is_not_finite_is_no_reason_to_keep_a_node_in_fp32(bad) -> None:
     assert run(emulated(low), x) == pytest.approx(run(model, x), rel=2**-10, nan_ok=True)
 
 
+def test_a_weight_that_is_an_output_as_well_stays_in_fp32() -> None:
+    model = dense_net(draw(3, 4))
+    model.graph.output.add().CopyFrom(helper.make_tensor_value_info("w", TensorProto.FLOAT, (3, 4)))
+    low, _ = lowered(prepared(model), "fp16")
+    assert element_types(low.graph)["w"] == TensorProto.FLOAT
+
+
 def test_a_pair_whose_tensor_overflows_stays_in_fp32_with_it() -> None:
     pair = quantised_relu(scale=1000.0)
     found = overflowing(pair, {"x": 127_000.0, "h": 127_000.0}, images=1)

@@ -208,6 +208,24 @@ def test_a_weight_that_two_kinds_of_layers_read_has_a_scale_for_each_channel_of_
         ] * 2
 
 
+def test_a_pair_that_nobody_reads_does_not_stay() -> None:
+    nodes = [
+        helper.make_node("Relu", ["x"], ["a"], name="relu"),
+        helper.make_node("Gemm", ["a", "w", "a"], ["y"], name="product"),  # what it adds is what it multiplies
+    ]
+    model = one_layer(nodes, {"w": draw(4, 4)}, x=(2, 4), y=(2, 4))
+    found = quantized(model, {"a": 3.0}, ["product"])
+    read = {name for each in found.graph.node for name in each.input}
+    assert all(each.output[0] in read for each in found.graph.node if each.op_type == "DequantizeLinear")
+
+
+def test_a_file_in_an_opset_without_steps_for_each_channel_is_refused_with_the_way_out() -> None:
+    model = residual()
+    model.opset_import[0].version = 12
+    with pytest.raises(ConversionFailed, match=r"opset 12, and .* need 13 or later\. Export it again\."):
+        quantizable(model, LAYER_OF)
+
+
 def test_what_they_read_without_weights_has_to_be_known() -> None:
     assert tensors_read(residual(), LAYERS) == REACHES.keys()
 
