@@ -136,7 +136,8 @@ def far_off(report: Report, engine: EngineRow) -> str:
     arithmetic = arithmetic_of(engine.precision, engine.flags)
     if engine.agreement is None or LIMITS[arithmetic].keeps(engine.agreement):
         return ""
-    other = ", or build with build.tf32=false" if arithmetic == "tf32" else ", or take another precision"
+    builds = arithmetic == "tf32" and not engine.target.startswith("torch")  # torch takes no build options
+    other = ", or build with build.tf32=false" if builds else ", or take another precision or target"
     return (
         f"WARNING: {engine.file}: this network magnifies rounding in {arithmetic} ({engine.agreement}). Its outputs "
         f"say little about right or wrong: {judged_by(report.accuracy.onnx, engine.accuracy)}{other}."
